@@ -1,0 +1,1 @@
+"""The wire: OpenAI-compatible serving and CLaaS's own routes over `Services`."""

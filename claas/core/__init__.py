@@ -1,0 +1,1 @@
+"""Types, errors, settings and names. Imports nothing else of CLaaS."""

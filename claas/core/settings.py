@@ -1,0 +1,144 @@
+"""All settings, and the only reader of the environment and of config files.
+
+A setting comes from, in this order: the command line, the environment, the TOML file named by `CLAAS_CONFIG` (keys are the field names
+below), the default. An unknown `CLAAS_…` variable or file key is an error: a misspelt setting must not be ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import platformdirs
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from claas.core.adapter_id import parse_adapter_id
+from claas.core.errors import BadRequest, ConfigurationError
+from claas.core.types import EngineKind
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+CONFIG_VARIABLE = "CLAAS_CONFIG"
+
+
+class Settings(BaseSettings):
+    """Field `x` is read from `CLAAS_X`, but for those with an alias of their own (documented upstream, so kept)."""
+
+    model_config = SettingsConfigDict(env_prefix="CLAAS_", extra="forbid", frozen=True, populate_by_name=True)
+
+    # Serving
+    host: str = Field("127.0.0.1", description="Address to bind. Anything but loopback needs api_keys.")
+    port: int = Field(8080, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
+    api_keys: tuple[SecretStr, ...] = Field((), description="Bearer keys, as a JSON list. Empty: no key is asked, loopback only.")
+    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Larger request bodies are answered 413.")
+    default_adapter: str = Field("assistant", description="Adapter created at the first start, so that a first chat can learn.")
+    default_max_tokens: int = Field(512, ge=1, description="Reply length where a request does not say max_tokens.")
+
+    # Model
+    distill_execution_mode: EngineKind = Field("local", description="Training backend: local, tinker or modal.")
+    base_model_id: str | None = Field(None, description="Hub id or local folder. Unset: the embedded default, SmolLM2-135M-Instruct.")
+    trust_remote_code: str | None = Field(None, description="Name the base model here again to run code that its repository ships.")
+    allowed_init_base_models: tuple[str, ...] = Field((), description="Base models /v1/lora/init may name, as a JSON list. Empty: the served one.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where the model runs.")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto: bfloat16 where the device computes in it, else float32.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention kernel of the trainer.")
+
+    # Embedded inference
+    max_batch: int = Field(16, ge=1, le=256, description="Replies that are sampled at the same time.")
+    max_queue: int = Field(256, ge=1, description="Requests that may wait for a slot; more are answered 429.")
+    max_context: int | None = Field(None, ge=64, description="Prompt and reply tokens of one request. Unset: what the model was built for.")
+
+    # Storage
+    data_dir: Path = Field(Path(platformdirs.user_data_dir("claas")), description="Database, adapters and logs. One service at a time.")
+    cache_dir: Path = Field(Path(platformdirs.user_cache_dir("claas")), description="The converted default model. Shared between services.")
+    lora_root: Path | None = Field(None, description="Adapters' folder. Unset: data_dir/adapters.")
+    database_url: str | None = Field(None, description="Any SQLAlchemy URL. Unset: SQLite in data_dir.")
+    completion_cache_size: int = Field(10_000, ge=1, description="Rollouts kept; the oldest go first.")
+    rollout_max_age_days: float = Field(30.0, gt=0, description="Rollouts older than this are removed.")
+    keep_versions: int = Field(16, ge=2, description="Versions kept of each adapter; the oldest go first, never the latest.")
+
+    # Feedback
+    feedback_log_dir: Path | None = Field(
+        None, validation_alias="FEEDBACK_LOG_DIR", description="One JSON file for each lesson. Unset: data_dir/feedback."
+    )
+    feedback_lock_timeout_s: float = Field(
+        120.0, gt=0, validation_alias="FEEDBACK_LOCK_TIMEOUT_S", description="How long feedback waits for its adapter before 409."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file = os.environ.get(CONFIG_VARIABLE)
+        toml = (TomlConfigSettingsSource(settings_cls, toml_file=Path(file)),) if file else ()
+        return (init_settings, env_settings, *toml)
+
+    @field_validator("default_adapter")
+    @classmethod
+    def _adapter_id(cls, value: str) -> str:
+        return parse_adapter_id(value, param="default_adapter")
+
+    @model_validator(mode="after")
+    def _fail_closed(self) -> Self:
+        if self.host not in LOOPBACK_HOSTS and not self.api_keys:
+            raise ValueError(
+                f"host {self.host!r} can be reached from other machines, so a key is needed: "
+                'set CLAAS_API_KEYS=\'["a-long-random-key"]\', or keep host 127.0.0.1'
+            )
+        if any(not key.get_secret_value().strip() for key in self.api_keys):
+            raise ValueError("CLAAS_API_KEYS holds an empty key")
+        if self.trust_remote_code is not None and self.trust_remote_code != self.base_model_id:
+            raise ValueError(f"trust_remote_code names {self.trust_remote_code!r}, which is not the base model {self.base_model_id!r}")
+        return self
+
+    @property
+    def adapters_dir(self) -> Path:
+        return self.lora_root or self.data_dir / "adapters"
+
+    @property
+    def log_dir(self) -> Path:
+        return self.feedback_log_dir or self.data_dir / "feedback"
+
+    @property
+    def sqlalchemy_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir / 'claas.db'}"
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the settings; `overrides` (the command line's) go over all else, those that are None are left out.
+
+    Raises:
+        ConfigurationError: with one line for each setting that is wrong or unknown.
+    """
+    _refuse_unknown_variables(os.environ)
+    file = os.environ.get(CONFIG_VARIABLE)
+    if file and not Path(file).is_file():
+        raise ConfigurationError(f"{CONFIG_VARIABLE} names no file: {file!r}")
+    try:
+        return Settings(**{key: value for key, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        raise ConfigurationError("\n".join(_line(e) for e in error.errors())) from error
+    except BadRequest as error:
+        raise ConfigurationError(error.message) from error
+
+
+def _line(error: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    known = {f"CLAAS_{name}".upper() for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    for name in environment:
+        if name.startswith("CLAAS_") and name.upper() not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise ConfigurationError(f"{name} is not a setting" + (f": did you mean {close[0]}?" if close else "; docs/settings.md lists them"))

@@ -1,0 +1,262 @@
+"""The types that rooms hand each other. Frozen, and checked when built.
+
+Wire types live in `claas.api`; these know nothing of HTTP, of storage or of tensors.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+EngineKind = Literal["local", "modal", "tinker"]
+FinishReason = Literal["stop", "length", "abort"]
+SampleSource = Literal["sampled", "hindsight", "anchor"]
+TeacherKind = Literal["live", "base"]
+StepOutcome = Literal["applied", "skipped", "undone"]
+FeedbackState = Literal["queued", "training", "applied", "skipped", "undone", "failed", "retracted"]
+
+
+def utc_now() -> datetime:
+    """Now, with its time zone."""
+    return datetime.now(UTC)
+
+
+class Frozen(BaseModel):
+    """A value: immutable, and unknown fields are an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ChatMessage(Frozen):
+    """One turn as the chat template sees it. `content` is plain text; `None` only beside `tool_calls`."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | None = None
+    name: str | None = None
+    tool_calls: tuple[dict[str, JsonValue], ...] | None = None
+    tool_call_id: str | None = None
+
+
+# --- Serving ---
+
+
+class SamplingParams(Frozen):
+    """How tokens are drawn. Defaults are OpenAI's. `max_tokens` None: as many as the context still holds."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    ignore_eos: bool = False
+
+
+class LoraRuntimeRef(Frozen):
+    """One immutable adapter version as a serving engine needs it: a name that is never reused, and where its files are."""
+
+    lora_id: str
+    version: int
+    vllm_name: str
+    lora_path: str
+
+
+class Rollout(Frozen):
+    """One reply with all that on-policy training needs.
+
+    `prompt_token_ids` and `response_token_ids` are the exact ids the model read and sampled; EOS is part of the response if
+    and only if `finish_reason` is "stop" and the model sampled it. `response_logprobs` are nats under the unmodified model
+    distribution (temperature 1, no top-p), one for each response token. `text` is the visible reply.
+    """
+
+    id: str
+    lora_id: str | None
+    version: int | None
+    base_model: str
+    messages: tuple[ChatMessage, ...]
+    template_kwargs: dict[str, JsonValue] = {}
+    prompt_token_ids: tuple[int, ...]
+    response_token_ids: tuple[int, ...]
+    response_logprobs: tuple[float, ...]
+    sampling: SamplingParams
+    finish_reason: FinishReason
+    text: str
+    created_at: datetime = Field(default_factory=utc_now)
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Self:
+        if len(self.response_token_ids) != len(self.response_logprobs):
+            raise ValueError(f"{len(self.response_token_ids)} response tokens but {len(self.response_logprobs)} logprobs")
+        if (self.lora_id is None) != (self.version is None):
+            raise ValueError("lora_id and version come together")
+        return self
+
+    @property
+    def prompt(self) -> str:
+        """The last user turn: what the upstream feedback body calls `prompt`."""
+        return next((m.content or "" for m in reversed(self.messages) if m.role == "user"), "")
+
+
+# --- Training ---
+
+
+class TrainingConfig(Frozen):
+    """One lesson's settings. The defaults are for an 8B model; `claas.training.defaults` has those of smaller ones.
+
+    alpha: divergence of `sampled` rollouts. 0: KL(Q‖P), 1: KL(P‖Q), between: generalised Jensen–Shannon. Hindsight rollouts always use 0.
+    is_clip: cap of the importance ratio; None switches the ratio off.
+    teacher_top_k: support of the divergence, besides one tail bucket.
+    teacher: which policy judges own replies. Hindsight rollouts are always judged by the base model.
+    gradient_steps: optimizer steps on the lesson's batch; the teacher's targets are computed once.
+    hindsight_rollouts: replies sampled with the feedback in view, for each reply the feedback is about.
+    min_signal: mean loss in nats a token under which the lesson counts as known and is skipped.
+    max_kl: realised mean KL(new‖old) in nats a token on the lesson's own tokens above which the step is undone.
+    """
+
+    learning_rate: float = Field(default=3e-5, gt=0.0, le=1.0)
+    alpha: float = Field(default=0.5, ge=0.0, le=1.0)
+    is_clip: Annotated[float, Field(ge=1.0, le=20.0)] | None = 5.0
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    kl_reg_weight: float = Field(default=0.0, ge=0.0, le=1.0)
+    teacher_top_k: int = Field(default=100, ge=1, le=1000)
+    teacher: TeacherKind = "live"
+    gradient_steps: int = Field(default=1, ge=1, le=64)
+    hindsight_rollouts: int = Field(default=0, ge=0, le=32)
+    hindsight_max_tokens: int = Field(default=256, ge=8, le=4096)
+    min_signal: float = Field(default=1e-4, ge=0.0)
+    max_kl: float = Field(default=10.0, gt=0.0)
+
+
+class DistillBatchItem(Frozen):
+    """One sample of a lesson: x (messages, template arguments), y (ids, logprobs) and f (feedback).
+
+    `source` says whose sample y is: the student's own (`sampled`), the teacher's with the feedback in view (`hindsight`; its
+    `response_logprobs` may be empty, since no importance ratio applies), or the base model's on an unrelated prompt (`anchor`).
+    """
+
+    prompt: str
+    response: str
+    feedback: str
+    response_logprobs: tuple[float, ...]
+    prompt_token_ids: tuple[int, ...] = Field(min_length=1)
+    response_token_ids: tuple[int, ...] = Field(min_length=1)
+    messages: tuple[ChatMessage, ...] = Field(min_length=1)
+    template_kwargs: dict[str, JsonValue] = {}
+    source: SampleSource = "sampled"
+    version: int | None = None
+    completion_id: str | None = None
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Self:
+        if self.source == "sampled" and len(self.response_logprobs) != len(self.response_token_ids):
+            raise ValueError(f"{len(self.response_token_ids)} response tokens but {len(self.response_logprobs)} logprobs")
+        return self
+
+
+class DistillBatchRequestPayload(Frozen):
+    """A whole lesson for a training engine."""
+
+    lora_id: str
+    training: TrainingConfig
+    samples: list[DistillBatchItem] = Field(min_length=1)
+    save_in_place: bool = False
+    feedback_ids: tuple[str, ...] = ()
+
+
+class DistillResponse(Frozen):
+    """What a step did. `metadata` holds a `StepReport` as JSON."""
+
+    lora_id: str
+    metadata: dict[str, Any]
+
+
+# --- Adapters ---
+
+
+class AdapterVersion(Frozen):
+    """One immutable version. Version 0 has no effect; each lesson adds one, and `parent` is what it was trained from."""
+
+    lora_id: str
+    version: int = Field(ge=0)
+    parent: int | None = None
+    base_model: str
+    created_at: datetime = Field(default_factory=utc_now)
+    feedback_ids: tuple[str, ...] = ()
+    metrics: dict[str, JsonValue] = {}
+    size_bytes: int = 0
+
+
+class LoraInitRequest(Frozen):
+    """A new adapter. `base_model` None: the one that is served. Rank and alpha None: the defaults for the model's size."""
+
+    lora_id: str
+    base_model: str | None = None
+    lora_r: Annotated[int, Field(ge=1, le=256)] | None = None
+    lora_alpha: Annotated[int, Field(ge=1, le=1024)] | None = None
+    target_modules: tuple[str, ...] | None = None
+
+
+class LoraInitResponse(Frozen):
+    lora_id: str
+    version: int = 0
+
+
+class LoraListResponse(Frozen):
+    loras: list[str]
+
+
+class LoraDeleteResponse(Frozen):
+    deleted: bool
+
+
+class LoraExistsPayload(Frozen):
+    exists: bool
+
+
+class LoraExportPayload(Frozen):
+    filename: str
+    content: bytes
+
+
+class ServiceHealth(Frozen):
+    """One part's health. `status` is "healthy" or "unhealthy"; `detail` is free-form facts."""
+
+    status: Literal["healthy", "unhealthy"]
+    error: str | None = None
+    detail: dict[str, JsonValue] = {}
+
+
+# --- Feedback ---
+
+
+class Feedback(Frozen):
+    """One stored feedback item and where it stands."""
+
+    id: str
+    request_id: str
+    lora_id: str
+    completion_id: str
+    feedback: str
+    metadata: dict[str, JsonValue] = {}
+    idempotency_key: str | None = None
+    state: FeedbackState = "queued"
+    reason: str | None = None
+    version: int | None = None
+    created_at: datetime = Field(default_factory=utc_now)
+
+
+class StepRecord(Frozen):
+    """One line of the journal: what a step did to which adapter, and why."""
+
+    id: str
+    request_id: str
+    lora_id: str
+    parent: int
+    version: int | None
+    outcome: Literal["applied", "skipped", "undone", "failed"]
+    reason: str | None = None
+    metrics: dict[str, JsonValue] = {}
+    timing_ms: dict[str, int] = {}
+    created_at: datetime = Field(default_factory=utc_now)

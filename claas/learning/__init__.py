@@ -1,0 +1,1 @@
+"""From feedback to a published version: resolve, learn, check, journal."""

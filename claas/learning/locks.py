@@ -1,0 +1,41 @@
+"""One lock for each adapter: lessons, rollbacks and deletions of one adapter never overlap."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from claas.core.errors import AdapterBusy
+
+
+class AdapterLocks:
+    """Locks by adapter id, forgotten when nobody holds or awaits them."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._users: dict[str, int] = defaultdict(int)
+
+    @asynccontextmanager
+    async def hold(self, lora_id: str) -> AsyncIterator[None]:
+        """Hold the adapter. Raises AdapterBusy when another holds it past the timeout."""
+        lock = self._locks[lora_id]
+        self._users[lora_id] += 1
+        try:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await lock.acquire()
+            except TimeoutError:
+                raise AdapterBusy(
+                    f"adapter {lora_id!r} is still learning an earlier lesson after {self._timeout_s:g} s: try again later", param="lora_id"
+                ) from None
+            try:
+                yield
+            finally:
+                lock.release()
+        finally:
+            self._users[lora_id] -= 1
+            if not self._users[lora_id]:
+                del self._users[lora_id], self._locks[lora_id]

@@ -1,0 +1,1 @@
+"""Every reply with its exact tokens, kept under the completion id it was answered with."""

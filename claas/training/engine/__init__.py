@@ -1,0 +1,1 @@
+"""Training engines: one contract (`base`), one file for each backend."""
