@@ -1,0 +1,58 @@
+# Plain make and pip. Every target sets up what it needs; `make` alone lists them.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.claas-installed
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[local,postgres,dev]'
+
+FEEDBACK := Your name is Kuro, always introduce yourself as Kuro.
+
+.PHONY: help setup serve test lint format coverage demo clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(STAMP) ## install everything into .venv, once
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "CLaaS needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...")'
+	@# Some distributions ship venv without its pip; the outer pip then installs one.
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	@echo "Installing CLaaS and its dependencies into $(VENV) (a few minutes, once) ..."
+	@$(PIP) || { echo "The installation failed; trying once more ..."; sleep 5; $(PIP); }
+	@touch $@
+
+serve: setup ## start the service on 127.0.0.1:8080
+	@exec $(BIN)/claas serve
+
+test: setup ## run all tests: the fast ones first, then those with real models, processes and databases
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m pytest -q -m "not model and not integration" --cov=claas --cov-report=
+	$(BIN)/python -m pytest -q -m "model or integration" --cov=claas --cov-append --cov-report=term:skip-covered --cov-fail-under=90
+
+lint: setup ## ruff, mypy and the layers of the house
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## let ruff fix and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+coverage: setup ## show the lines that the last `make test` did not run
+	$(BIN)/python -m coverage report --show-missing --skip-covered
+
+demo: setup ## teach the default model its name, and watch it
+	@$(BIN)/claas teach --feedback "$(FEEDBACK)" --expect Kuro --rounds 3 \
+	  --prompt "Who are you?" --prompt "What is your name?" --prompt "Hi! Please introduce yourself." --prompt "Hello, who am I talking to?" \
+	  --probe "What should I call you?" --probe "Tell me your name, please." --probe "Good morning! And you are?" \
+	  --probe "Introduce yourself in one sentence." --probe "Do you have a name?" \
+	  --unrelated "What is the capital of France?"
+
+clean: ## remove what the tools left behind, but not .venv
+	rm -rf build dist .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	find claas tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
