@@ -111,6 +111,8 @@ class TrainingConfig(Frozen):
     teacher: which policy judges own replies. Hindsight rollouts are always judged by the base model.
     gradient_steps: optimizer steps on the lesson's batch; the teacher's targets are computed once.
     hindsight_rollouts: replies sampled with the feedback in view, for each reply the feedback is about.
+    hindsight_max_tokens, hindsight_temperature: how those are sampled.
+    anchors: replies of the base model to unrelated prompts that the lesson must leave as they are.
     min_signal: mean loss in nats a token under which the lesson counts as known and is skipped.
     max_kl: realised mean KL(new‖old) in nats a token on the lesson's own tokens above which the step is undone.
     """
@@ -125,6 +127,8 @@ class TrainingConfig(Frozen):
     gradient_steps: int = Field(default=1, ge=1, le=64)
     hindsight_rollouts: int = Field(default=0, ge=0, le=32)
     hindsight_max_tokens: int = Field(default=256, ge=8, le=4096)
+    hindsight_temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    anchors: int = Field(default=0, ge=0, le=12)
     min_signal: float = Field(default=1e-4, ge=0.0)
     max_kl: float = Field(default=10.0, gt=0.0)
 

@@ -1,0 +1,77 @@
+"""The second source of a lesson: replies sampled with the feedback in view, and only the good ones.
+
+Where the student's own reply never goes near what the user wants, hardly any of its tokens carry signal; these do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+
+from claas.core.types import ChatMessage, DistillBatchItem, SamplingParams, TrainingConfig
+from claas.inference.base import Generation, GenerationRequest, InferenceBackend
+from claas.rollouts.visible import visible_text
+from claas.training.hindsight import HINDSIGHT_BLOCK, hindsight_messages
+
+QUOTE_WORDS = 6
+
+
+async def hindsight_rollouts(item: DistillBatchItem, inference: InferenceBackend, training: TrainingConfig) -> list[DistillBatchItem]:
+    """Up to `training.hindsight_rollouts` distinct good replies of the base model that knows the item's feedback; maybe none."""
+    request = GenerationRequest(
+        messages=hindsight_messages(item.messages, item.feedback),
+        template_kwargs=item.template_kwargs,
+        adapter=None,
+        sampling=SamplingParams(max_tokens=training.hindsight_max_tokens, temperature=training.hindsight_temperature),
+        background=True,
+    )
+    replies = await asyncio.gather(*(inference.complete(request) for _ in range(training.hindsight_rollouts)))
+    good = {reply.text.strip(): reply for reply in replies if fault(reply, item.feedback) is None}
+    return [_sample(item, reply) for reply in good.values()]
+
+
+def fault(reply: Generation, feedback: str) -> str | None:
+    """Why a hindsight rollout must not be taught: its blemishes would be learnt too. None if it is good."""
+    text = visible_text(reply.text).strip()
+    if reply.finish_reason != "stop":
+        return "unfinished"
+    if not text:
+        return "empty"
+    if quotes(text, feedback) or quotes(text, HINDSIGHT_BLOCK):
+        return "quotes the feedback"
+    if is_degenerate(text):
+        return "repeats itself"
+    return None
+
+
+def quotes(text: str, source: str, words: int = QUOTE_WORDS) -> bool:
+    """Whether `text` repeats a run of `words` words of `source` (all of it, where it is shorter), ignoring case and punctuation."""
+    said, told = _words(text), _words(source)
+    n = min(words, len(told))
+    runs = {tuple(told[at : at + n]) for at in range(len(told) - n + 1)} if n else set()
+    return any(tuple(said[at : at + n]) in runs for at in range(len(said) - n + 1))
+
+
+def is_degenerate(text: str) -> bool:
+    """Whether the text is caught in a loop: one run of four words makes up a large part of it."""
+    said = _words(text)
+    if len(said) < 12:
+        return False
+    (_, most), = Counter(zip(said, said[1:], said[2:], said[3:], strict=False)).most_common(1)
+    return most >= 3 and most * 4 > len(said) // 3
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def _sample(item: DistillBatchItem, reply: Generation) -> DistillBatchItem:
+    return item.model_copy(
+        update={
+            "response": reply.text,
+            "response_token_ids": tuple(token.id for token in reply.tokens),
+            "response_logprobs": (),
+            "source": "hindsight",
+        }
+    )

@@ -1,0 +1,104 @@
+"""The product in one screen: a person said what was wrong with a reply, and the model learns it.
+
+resolve → lock → distill → check → publish → activate → journal. Whatever breaks, the version before keeps serving and the feedback is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from claas.core.types import DistillBatchRequestPayload, DistillResponse, LoraRuntimeRef
+from claas.inference.base import InferenceBackend
+from claas.learning.anchors import Anchors
+from claas.learning.checks import find_collapse
+from claas.learning.hindsight_rollouts import hindsight_rollouts
+from claas.learning.ledger import Ledger
+from claas.learning.locks import AdapterLocks
+from claas.learning.resolve import ResolvedLesson, resolve
+from claas.learning.show import show
+from claas.learning.stopwatch import Stopwatch
+from claas.learning.types import LessonRequest, LessonResult
+from claas.rollouts.store import RolloutStore
+from claas.training.engine.base import TrainingEngine
+
+
+class Learner:
+    """Teaches adapters, one lesson at a time each."""
+
+    def __init__(
+        self, engine: TrainingEngine, inference: InferenceBackend, rollouts: RolloutStore, ledger: Ledger, locks: AdapterLocks, base_model_id: str
+    ) -> None:
+        self._engine = engine
+        self._inference = inference
+        self._rollouts = rollouts
+        self._ledger = ledger
+        self._locks = locks
+        self._base_model_id = base_model_id
+        self._anchors = Anchors(inference)
+        self._running: set[asyncio.Task[LessonResult]] = set()
+
+    async def learn(self, request: LessonRequest) -> LessonResult:
+        """Teach one lesson and return when the new version serves. A caller who leaves does not stop it.
+
+        Raises:
+            NotFound, Conflict, BadRequest, Unteachable: the feedback does not fit; nothing was stored. See `resolve`.
+            AdapterBusy, StepFailed, StorageFull, BackendUnavailable, Overloaded: the feedback is stored as failed, with the reason.
+        """
+        lesson = await resolve(request, self._rollouts, self._base_model_id, self._engine.default_training())
+        if known := await self._ledger.repeated(lesson):
+            return known
+        feedback_ids = await self._ledger.accept(lesson)
+        teaching = asyncio.create_task(self._teach(lesson, feedback_ids))
+        self._running.add(teaching)
+        teaching.add_done_callback(self._running.discard)
+        return await asyncio.shield(teaching)
+
+    async def aclose(self) -> None:
+        """Let running lessons finish."""
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def _teach(self, lesson: ResolvedLesson, feedback_ids: tuple[str, ...]) -> LessonResult:
+        watch = Stopwatch()
+        try:
+            async with self._locks.hold(lesson.lora_id):
+                await self._ledger.begin(feedback_ids)
+                parent = await self._engine.lora_runtime_ref(lesson.lora_id)
+                with watch.phase("rollouts"):
+                    payload = await self._rehearse(lesson.payload(feedback_ids), parent.version)
+                with watch.phase("distill"):
+                    async with self._inference.paused():
+                        step = await self._engine.distill(payload)
+                with watch.phase("check"):
+                    step = await self._check(step, parent)
+                with watch.phase("save"):
+                    version = await self._publish(step, parent)
+                shown = await show(lesson, version, self._inference) if lesson.request.show else ()
+                return await self._ledger.record(lesson, payload, feedback_ids, step, watch.timing_ms(), shown)
+        except BaseException as error:
+            await self._ledger.fail(feedback_ids, error)
+            raise
+
+    async def _rehearse(self, payload: DistillBatchRequestPayload, turn: int) -> DistillBatchRequestPayload:
+        """The lesson with its hindsight rollouts and the anchors it must leave alone."""
+        hindsight = await asyncio.gather(*(hindsight_rollouts(item, self._inference, payload.training) for item in payload.samples))
+        anchors = await self._anchors.take(payload.training.anchors, turn)
+        return payload.model_copy(update={"samples": [*payload.samples, *(item for items in hindsight for item in items), *anchors]})
+
+    async def _check(self, step: DistillResponse, parent: LoraRuntimeRef) -> DistillResponse:
+        """The step as it is if its version is fit to serve; otherwise undone, with the reason, and its version gone."""
+        if step.metadata["outcome"] != "applied":
+            return step
+        candidate = await self._engine.lora_runtime_ref(step.lora_id, step.metadata["version"])
+        await self._inference.activate(candidate)
+        reason = await find_collapse(self._inference, candidate, parent)
+        if reason is None:
+            return step
+        await self._engine.discard(candidate.lora_id, candidate.version)
+        return step.model_copy(update={"metadata": step.metadata | {"outcome": "undone", "reason": reason, "version": None}})
+
+    async def _publish(self, step: DistillResponse, parent: LoraRuntimeRef) -> LoraRuntimeRef:
+        """From here on the new version serves. Returns what serves: the new version, or its parent if there is none."""
+        if step.metadata["version"] is None:
+            return parent
+        await self._engine.promote(step.lora_id, step.metadata["version"])
+        return await self._engine.lora_runtime_ref(step.lora_id)

@@ -1,0 +1,20 @@
+"""Lesson settings by the size of the base model. Decided by measurement: docs/decisions/0005-learning-defaults.md."""
+
+from __future__ import annotations
+
+from claas.core.types import TrainingConfig
+
+SMALL_MODEL_PARAMS = 1_000_000_000
+
+
+def default_training(n_params: int) -> TrainingConfig:
+    """Under a billion parameters: few, large steps on hindsight rollouts. Above: the settings of the upstream recipe."""
+    if n_params >= SMALL_MODEL_PARAMS:
+        return TrainingConfig()
+    return TrainingConfig(learning_rate=1e-3, gradient_steps=8, hindsight_rollouts=4, hindsight_max_tokens=64)
+
+
+def default_lora(n_params: int) -> tuple[int, int]:
+    """Rank and alpha of a new adapter."""
+    return (16, 32) if n_params < SMALL_MODEL_PARAMS else (32, 64)
+

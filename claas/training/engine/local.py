@@ -1,0 +1,123 @@
+"""The Local engine without a separate server: lessons on this machine's CPU or GPU, beside the model that serves.
+
+The trainer's module tree shares the base weights with the server's and has an adapter of its own, so serving goes on during a step.
+One lesson trains at a time, in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from claas.adapters.store import AdapterStore
+from claas.core.errors import BackendUnavailable, BadRequest, ClaasError, StepFailed
+from claas.core.types import AdapterVersion, ChatMessage, DistillBatchRequestPayload, DistillResponse, ServiceHealth
+from claas.models.base_model import LoadedModel
+from claas.models.chat_template import render
+from claas.models.compute import ComputeShare
+from claas.training.batch import Sample, prepare
+from claas.training.engine.stored import StoredEngine
+from claas.training.figures import summarise
+from claas.training.policy import Policy
+from claas.training.report import StepReport
+from claas.training.step import LessonStep, StepResult
+
+CONTROL_FEEDBACK = "The parcel will arrive on Thursday, between nine and eleven."
+
+log = logging.getLogger(__name__)
+
+
+class LocalEngine(StoredEngine):
+    """Trains in this process on the `LoadedModel` that the embedded server also uses."""
+
+    def __init__(self, store: AdapterStore, base: LoadedModel, share: ComputeShare, allowed_base_models: tuple[str, ...] = ()) -> None:
+        super().__init__(store, base, allowed_base_models)
+        self._share = share
+        self._trainer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="claas-trainer")
+        self._closing = threading.Event()
+
+    async def distill(self, payload: DistillBatchRequestPayload) -> DistillResponse:
+        if payload.save_in_place:
+            raise BadRequest("save_in_place is not supported: versions are immutable, and a rollback undoes a lesson", param="save_in_place")
+        self._stop_if_closing()
+        try:
+            report = await asyncio.get_running_loop().run_in_executor(self._trainer, self._distill, payload)
+        except ClaasError:
+            raise
+        except Exception as error:
+            log.exception("a learning step on %r broke", payload.lora_id)
+            raise StepFailed(f"the learning step broke ({type(error).__name__}): the version before it still serves") from error
+        return DistillResponse(lora_id=payload.lora_id, metadata=report.model_dump(mode="json"))
+
+    async def health(self) -> ServiceHealth:
+        return ServiceHealth(status="healthy", detail={"engine": "local", "device": str(self._base.device), "dtype": str(self._base.dtype)})
+
+    async def aclose(self) -> None:
+        """A running lesson stops at its next micro-batch and publishes nothing."""
+        self._closing.set()
+        await asyncio.to_thread(self._trainer.shutdown)
+
+    def _distill(self, payload: DistillBatchRequestPayload) -> StepReport:
+        parent = self._store.latest(payload.lora_id)
+        folder = self._store.path(payload.lora_id, parent)
+        samples = self._samples(payload, parent)
+        with self._share.training():
+            policy = Policy(self._base, folder)
+            optimizer = policy.optimizer(folder, payload.training.learning_rate)
+            result = LessonStep(policy, optimizer, payload.training, samples, self._breathe).run()
+            report = partial(summarise, result, payload.training, parent=parent, token_text=self._token_text)
+            if result.outcome != "applied":
+                return report(version=None)
+            with self._store.stage(self._manifest(payload, parent, result)) as staging:
+                policy.save(staging.path, optimizer)
+        return report(version=staging.version)
+
+    def _breathe(self) -> None:
+        """Between micro-batches: stop if asked to, and take no more cores than serving leaves."""
+        self._stop_if_closing()
+        self._share.apply()
+
+    def _stop_if_closing(self) -> None:
+        if self._closing.is_set():
+            raise BackendUnavailable("the service is closing: the lesson was not learnt, send the feedback again later")
+
+    def _samples(self, payload: DistillBatchRequestPayload, parent: int) -> list[Sample]:
+        def tokens(messages: Sequence[ChatMessage], template_kwargs: dict[str, object]) -> tuple[int, ...]:
+            return render(self._base.tokenizer, messages, template_kwargs)
+
+        return [
+            prepare(
+                item,
+                tokens,
+                teacher=payload.training.teacher,
+                parent=parent,
+                vocab_size=int(self._base.config.vocab_size),
+                max_context=self._base.max_context,
+                control_feedback=CONTROL_FEEDBACK,
+            )
+            for item in payload.samples
+        ]
+
+    def _manifest(self, payload: DistillBatchRequestPayload, parent: int, result: StepResult) -> AdapterVersion:
+        after = result.after
+        assert after is not None
+        return AdapterVersion(
+            lora_id=payload.lora_id,
+            version=0,
+            parent=parent,
+            base_model=self._base.id,
+            feedback_ids=payload.feedback_ids,
+            metrics={
+                "loss_before": float(result.before.divergence.mean()),
+                "loss_after": float(after.divergence.mean()),
+                "realised_kl": float(after.kl_to_start.mean()),
+                "optimizer_steps": len(result.grad_norms),
+            },
+        )
+
+    def _token_text(self, token_id: int) -> str:
+        return self._base.tokenizer.decode([token_id])

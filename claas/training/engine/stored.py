@@ -1,0 +1,112 @@
+"""The adapters' life cycle over an AdapterStore, written once for every engine that keeps its adapters in one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from claas.adapters.archive import export_zip, import_zip
+from claas.adapters.initialise import write_initial_adapter
+from claas.adapters.store import AdapterStore
+from claas.core.adapter_id import flat_name, parse_adapter_id, vllm_name
+from claas.core.errors import BadRequest
+from claas.core.types import (
+    AdapterVersion,
+    LoraDeleteResponse,
+    LoraExistsPayload,
+    LoraExportPayload,
+    LoraInitRequest,
+    LoraInitResponse,
+    LoraListResponse,
+    LoraRuntimeRef,
+    TrainingConfig,
+)
+from claas.models.base_model import LoadedModel
+from claas.training.defaults import default_lora, default_training
+from claas.training.engine.base import TrainingEngine
+
+
+class StoredEngine(TrainingEngine):
+    """Everything of a TrainingEngine but training."""
+
+    def __init__(self, store: AdapterStore, base: LoadedModel, allowed_base_models: tuple[str, ...]) -> None:
+        self._store = store
+        self._base = base
+        self._allowed = allowed_base_models or (base.id,)
+
+    def default_training(self) -> TrainingConfig:
+        return default_training(self._base.n_params)
+
+    async def promote(self, lora_id: str, version: int) -> None:
+        await asyncio.to_thread(self._store.set_latest, lora_id, version)
+
+    async def discard(self, lora_id: str, version: int) -> None:
+        await asyncio.to_thread(self._store.discard, lora_id, version)
+
+    async def versions(self, lora_id: str) -> list[AdapterVersion]:
+        return await asyncio.to_thread(self._store.versions, lora_id)
+
+    async def init_lora(self, request: LoraInitRequest) -> LoraInitResponse:
+        base_model = request.base_model or self._base.id
+        if base_model not in self._allowed or base_model != self._base.id:
+            raise BadRequest(f"base_model {base_model!r} is not served here: this service trains {self._base.id!r}", param="base_model")
+        rank, alpha = default_lora(self._base.n_params)
+        rank = request.lora_r or rank
+
+        def fill(folder: Path) -> None:
+            write_initial_adapter(
+                folder,
+                self._base.config,
+                base_model=self._base.id,
+                rank=rank,
+                alpha=request.lora_alpha or (alpha if request.lora_r is None else 2 * rank),
+                target_modules=request.target_modules,
+            )
+
+        await asyncio.to_thread(self._create, parse_adapter_id(request.lora_id), fill)
+        return LoraInitResponse(lora_id=request.lora_id)
+
+    async def import_lora(self, lora_id: str, archive: bytes) -> LoraInitResponse:
+        def fill(folder: Path) -> None:
+            import_zip(archive, folder, config=self._base.config, base_model=self._base.id)
+
+        await asyncio.to_thread(self._create, parse_adapter_id(lora_id), fill)
+        return LoraInitResponse(lora_id=lora_id)
+
+    def _create(self, lora_id: str, fill: Callable[[Path], None]) -> None:
+        """Register the adapter and publish its version 0; nothing of it stays if either fails."""
+        self._store.create(lora_id, self._base.id)
+        try:
+            with self._store.stage(AdapterVersion(lora_id=lora_id, version=0, base_model=self._base.id)) as staging:
+                fill(staging.path)
+            self._store.set_latest(lora_id, staging.version)
+        except BaseException:
+            self._store.delete(lora_id)
+            raise
+
+    async def list_loras(self, prefix: str = "") -> LoraListResponse:
+        return LoraListResponse(loras=await asyncio.to_thread(self._store.adapters, prefix))
+
+    async def export_lora(self, lora_id: str, version: int | None = None) -> LoraExportPayload:
+        def export() -> LoraExportPayload:
+            number = self._store.latest(lora_id) if version is None else version
+            manifest = self._store.version(lora_id, number)
+            content = export_zip(self._store.path(lora_id, number), manifest)
+            return LoraExportPayload(filename=f"{flat_name(lora_id)}-v{number}.zip", content=content)
+
+        return await asyncio.to_thread(export)
+
+    async def delete_lora(self, lora_id: str) -> LoraDeleteResponse:
+        return LoraDeleteResponse(deleted=await asyncio.to_thread(self._store.delete, lora_id))
+
+    async def lora_exists(self, lora_id: str) -> LoraExistsPayload:
+        return LoraExistsPayload(exists=await asyncio.to_thread(self._store.exists, lora_id))
+
+    async def lora_runtime_ref(self, lora_id: str, version: int | None = None) -> LoraRuntimeRef:
+        def ref() -> LoraRuntimeRef:
+            number = self._store.latest(lora_id) if version is None else version
+            path = self._store.path(lora_id, number)
+            return LoraRuntimeRef(lora_id=lora_id, version=number, vllm_name=vllm_name(lora_id, number), lora_path=str(path))
+
+        return await asyncio.to_thread(ref)

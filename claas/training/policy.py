@@ -1,0 +1,105 @@
+"""The trainable policy: a module tree over the shared base weights with one PEFT adapter, and its optimizer's moments.
+
+Base weights are frozen and shared with whoever serves; only the adapter's float32 matrices belong to this object.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from claas.adapters.store import OPTIMIZER
+from claas.models.base_model import LoadedModel
+from claas.training.batch import Sequences
+
+ADAM_BETAS = (0.9, 0.95)
+ADAM_EPS = 1e-6
+CHECKPOINTING_FROM_PARAMS = 1_000_000_000
+
+
+class Policy:
+    """Base model plus one adapter version, ready to be trained."""
+
+    def __init__(self, base: LoadedModel, folder: Path) -> None:
+        self.device = base.device
+        self._peft = PeftModel.from_pretrained(base.tree(), str(folder), is_trainable=True, torch_device=str(base.device))
+        causal_lm = self._peft.get_base_model()
+        self._backbone: nn.Module = causal_lm.get_decoder()
+        self._head: nn.Module = causal_lm.get_output_embeddings()
+        self.parameters: dict[str, nn.Parameter] = {n: p for n, p in sorted(self._peft.named_parameters()) if p.requires_grad}
+        # Recomputing activations costs a third more time; a small model's fit without.
+        large = base.n_params >= CHECKPOINTING_FROM_PARAMS
+        if large:
+            causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self._peft.train(large)
+
+    def hidden(self, sequences: Sequences, *, adapter: bool = True) -> Tensor:
+        """Final hidden states at the positions that predict a response token, (N, D). `adapter` False is the base model."""
+        batch = sequences.to(self.device)
+        if adapter:
+            out_BLD = self._backbone(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
+        else:
+            with self._peft.disable_adapter():
+                out_BLD = self._backbone(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
+        return out_BLD.flatten(0, 1)[batch.predict_N]
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """The LM head on a chunk of positions, (N, V) in float32."""
+        return self._head(hidden_ND).float()
+
+    def optimizer(self, folder: Path, learning_rate: float) -> torch.optim.AdamW:
+        """AdamW with the moments stored beside the version, if it has any. The learning rate is always the one asked for."""
+        optimizer = torch.optim.AdamW(self.parameters.values(), lr=learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0)
+        file = folder / OPTIMIZER
+        if file.is_file():
+            stored = load_file(file, device=str(self.device))
+            for name, parameter in self.parameters.items():
+                optimizer.state[parameter] = {
+                    "step": stored[f"{name}.step"].cpu(),
+                    "exp_avg": stored[f"{name}.exp_avg"],
+                    "exp_avg_sq": stored[f"{name}.exp_avg_sq"],
+                }
+        return optimizer
+
+    def save(self, folder: Path, optimizer: torch.optim.AdamW) -> None:
+        """Write adapter and moments, float32, in safetensors."""
+        self._peft.save_pretrained(str(folder), safe_serialization=True)
+        (folder / "README.md").unlink(missing_ok=True)
+        moments = {
+            f"{name}.{key}": value.detach().cpu().contiguous()
+            for name, parameter in self.parameters.items()
+            for key, value in optimizer.state[parameter].items()
+        }
+        save_file(moments, folder / OPTIMIZER)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of the adapter, for undoing and for measuring how far it moved."""
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def restore(self, snapshot: dict[str, Tensor]) -> None:
+        """Take the adapter back to a snapshot."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(snapshot[name])
+
+    def relative_change(self, before: dict[str, Tensor]) -> float | None:
+        """‖Δ(BA)‖ / ‖BA‖ over all modules, without ever forming BA; None when the adapter was zero before."""
+        change = size = 0.0
+        for name, a_old in before.items():
+            if ".lora_A." not in name:
+                continue
+            b_name = name.replace(".lora_A.", ".lora_B.")
+            b_old, a_new, b_new = before[b_name], self.parameters[name].detach(), self.parameters[b_name].detach()
+            change += _product_norm_sq(torch.cat([b_new, -b_old], dim=1), torch.cat([a_new, a_old], dim=0))
+            size += _product_norm_sq(b_old, a_old)
+        return (max(change, 0.0) / size) ** 0.5 if size > 0 else None
+
+
+def _product_norm_sq(b_OR: Tensor, a_RI: Tensor) -> float:
+    """‖BA‖²_F = Σ (BᵀB) ∘ (AAᵀ), from two (R, R) products, in float64 since it is a difference of near equals."""
+    b, a = b_OR.double(), a_RI.double()
+    return float(((b.T @ b) * (a @ a.T)).sum())

@@ -1,0 +1,87 @@
+"""What each step reports: numbers that say whether it learnt, how far it moved, and what it cost."""
+
+from __future__ import annotations
+
+from pydantic import JsonValue
+
+from claas.core.types import Frozen, StepOutcome
+
+
+class MovedToken(Frozen):
+    """A response token and how far the feedback moves it: log Q − log P in nats."""
+
+    token_id: int
+    text: str
+    log_ratio: float
+
+
+class Signal(Frozen):
+    """How strongly teacher and student differ at the start of the lesson, nats a token."""
+
+    loss_mean: float
+    loss_p95: float
+    loss_max: float
+    log_ratio_mean: float
+    log_ratio_p95: float
+    log_ratio_max: float
+    control_loss: float | None
+    most_moved: tuple[MovedToken, ...]
+
+
+class Support(Frozen):
+    """How much of both distributions the top-K support holds."""
+
+    student_tail_mass: float
+    teacher_tail_mass: float
+    sampled_in_support: float
+    student_entropy: float
+    teacher_entropy: float
+
+
+class OffPolicy(Frozen):
+    """How far the samples are from the version being trained. `train_serve_mismatch`: mean |log P − log P_old| of on-policy samples."""
+
+    ratio_mean: float
+    ratio_max: float
+    clip_fraction: float
+    version_age: int
+    train_serve_mismatch: float | None
+
+
+class Update(Frozen):
+    """What the optimizer did. `relative_change` is ‖ΔBA‖/‖BA‖ over all modules; None from a zero adapter."""
+
+    loss_before: float
+    loss_after: float | None
+    reply_logprob_before: float
+    reply_logprob_after: float | None
+    grad_norm: tuple[float, ...]
+    relative_change: float | None
+    realised_kl: float | None
+    optimizer_steps: int
+
+
+class Cost(Frozen):
+    """Tokens through the model, peak memory of the process, seconds by phase."""
+
+    samples: int
+    response_tokens: int
+    forward_tokens: int
+    peak_memory_bytes: int
+    seconds: dict[str, float]
+
+
+class StepReport(Frozen):
+    """One lesson's outcome and figures. `version` is the published one, None unless applied."""
+
+    outcome: StepOutcome
+    reason: str | None
+    parent: int
+    version: int | None
+    hindsight_version: int
+    signal: Signal
+    support: Support
+    off_policy: OffPolicy
+    update: Update
+    cost: Cost
+    training: dict[str, JsonValue]

@@ -1,0 +1,289 @@
+"""One lesson's optimizer steps on one policy: measure, learn, rescore, and undo what did harm. Device-agnostic.
+
+Shape legend
+    N  response tokens of a micro-batch   D  hidden size   V  vocabulary   K  support   S  buckets (K and a tail)
+
+The backbone runs once a pass; the LM head and the loss run on `CHUNK` positions at a time, and each chunk's gradient with respect to its
+hidden states is taken at once, so that no (N, V) tensor exists and the head runs once, not twice as under checkpointing.
+Teacher targets are taken on the first pass and kept as (N, S).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from claas.core.types import StepOutcome, TrainingConfig
+from claas.training.batch import Sample, Sequences, collate, micro_batches
+from claas.training.policy import Policy
+from claas.training.sdpo import bucket_logp, divergence, importance_ratio, token_logp, top_k_support
+
+CHUNK = 128
+MICRO_BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What a micro-batch is held to, fixed at the start of the lesson. Rows are its N response tokens."""
+
+    index_NK: Tensor
+    teacher_logp_NS: Tensor
+    teacher_logp_N: Tensor
+    start_logp_NS: Tensor
+    start_logp_N: Tensor
+    base_logp_NS: Tensor | None
+    control_logp_NS: Tensor | None
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """Samples of one source that go through the model together, and their targets once measured."""
+
+    samples: list[Sample]
+    student: Sequences
+    alpha: float
+    targets: Targets | None = None
+
+    @property
+    def tokens(self) -> int:
+        return int(self.student.targets_N.numel())
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Per-token figures of one pass over all micro-batches, joined: (N_total,)."""
+
+    divergence: Tensor
+    ratio: Tensor
+    logp: Tensor
+    kl_to_start: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the lesson did. Figures are of all response tokens, in micro-batch order."""
+
+    outcome: StepOutcome
+    reason: str | None
+    batches: list[MicroBatch]
+    before: Measure
+    after: Measure | None
+    grad_norms: tuple[float, ...]
+    relative_change: float | None
+    forward_tokens: int
+    seconds: dict[str, float]
+
+
+class LessonStep:
+    """One lesson, once: make it, `run` it, read the result. `breathe` is called between micro-batches, where cores are shared out anew."""
+
+    def __init__(
+        self, policy: Policy, optimizer: torch.optim.AdamW, config: TrainingConfig, samples: Sequence[Sample], breathe: Callable[[], None]
+    ) -> None:
+        self._policy = policy
+        self._optimizer = optimizer
+        self._config = config
+        self._breathe = breathe
+        self._batches = _micro_batches(samples, config, policy.device)
+        self._start = policy.snapshot()
+        self._before: Measure | None = None
+        self._after: Measure | None = None
+        self._grad_norms: list[float] = []
+        self._forward_tokens = 0
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> StepResult:
+        """Learn. Unless the outcome is "applied", the policy's weights are what they were, bit for bit."""
+        for _ in range(self._config.gradient_steps):
+            with self._timed("learn"):
+                measured = self._accumulate()
+                norm = self._clip()
+            self._before = self._before or measured
+            if reason := self._gate(measured, norm):
+                return self._finish("undone" if self._grad_norms else "skipped", reason)
+            self._grad_norms.append(norm)
+            with self._timed("optimizer"):
+                self._optimizer.step()
+        with self._timed("rescore"):
+            self._after = self._rescore()
+        if reason := self._harm():
+            return self._finish("undone", reason)
+        return self._finish("applied", None)
+
+    # --- the recipe's steps ---
+
+    def _accumulate(self) -> Measure:
+        """Student forward and backward over every micro-batch, each token weighing the same. Measures the targets on the first call."""
+        self._optimizer.zero_grad(set_to_none=True)
+        weight = 1.0 / sum(batch.tokens for batch in self._batches)
+        measures = []
+        for batch in self._batches:
+            self._breathe()
+            first = batch.targets is None
+            contexts = self._contexts(batch) if first else {}
+            hidden_ND = self._policy.hidden(batch.student)
+            self._forward_tokens += batch.student.ids_BL.numel()
+            gradients, targets, figures = [], [], []
+            for rows in _chunks(batch.tokens):
+                leaf_ND = hidden_ND[rows].detach().requires_grad_()
+                logits_NV = self._policy.logits(leaf_ND)
+                chunk = self._measure_targets(batch, rows, logits_NV.detach(), contexts) if first else _rows(batch.targets, rows)
+                loss_N, figure = self._loss(batch, rows, logits_NV, chunk)
+                (loss_N.sum() * weight).backward()
+                gradients.append(leaf_ND.grad)
+                targets.append(chunk)
+                figures.append(figure)
+            hidden_ND.backward(torch.cat(gradients))
+            batch.targets = _join_targets(targets) if first else batch.targets
+            measures.append(_join(figures))
+        return _join(measures)
+
+    @torch.no_grad()
+    def _contexts(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """Hidden states (N, D) of everything the student is compared with: the teacher and, where asked, the base and the control."""
+        responses = [s.response for s in batch.samples]
+        passes: dict[str, tuple[Sequences, bool]] = {
+            "teacher": (collate([s.teacher_prompt for s in batch.samples], responses), batch.samples[0].teacher == "live")
+        }
+        if self._config.kl_reg_weight > 0:
+            passes["base"] = (batch.student, False)
+        controls = [s.control_prompt for s in batch.samples if s.control_prompt is not None]
+        if controls:
+            passes["control"] = (collate(controls, responses), batch.samples[0].teacher == "live")
+        hidden = {}
+        for name, (sequences, adapter) in passes.items():
+            with self._timed(name):
+                hidden[name] = self._policy.hidden(sequences, adapter=adapter)
+            self._forward_tokens += sequences.ids_BL.numel()
+        return hidden
+
+    @torch.no_grad()
+    def _measure_targets(self, batch: MicroBatch, rows: slice, student_NV: Tensor, contexts: dict[str, Tensor]) -> Targets:
+        """Teacher and student at the start of the lesson on one support: the student's top-K for its own replies, the teacher's for the
+        teacher's, since there the token to be learnt may be nowhere near the student's top."""
+        ids_N = batch.student.targets_N[rows]
+        teacher_NV = self._policy.logits(contexts["teacher"][rows])
+        index_NK = top_k_support(student_NV if batch.samples[0].source == "sampled" else teacher_NV, self._config.teacher_top_k)
+        return Targets(
+            index_NK=index_NK,
+            teacher_logp_NS=bucket_logp(teacher_NV, index_NK),
+            teacher_logp_N=token_logp(teacher_NV, ids_N),
+            start_logp_NS=bucket_logp(student_NV, index_NK),
+            start_logp_N=token_logp(student_NV, ids_N),
+            base_logp_NS=bucket_logp(self._policy.logits(contexts["base"][rows]), index_NK) if "base" in contexts else None,
+            control_logp_NS=bucket_logp(self._policy.logits(contexts["control"][rows]), index_NK) if "control" in contexts else None,
+        )
+
+    def _loss(self, batch: MicroBatch, rows: slice, logits_NV: Tensor, targets: Targets) -> tuple[Tensor, Measure]:
+        student_NS = bucket_logp(logits_NV, targets.index_NK)
+        logp_N = token_logp(logits_NV.detach(), batch.student.targets_N[rows])
+        divergence_N = divergence(student_NS, targets.teacher_logp_NS, batch.alpha)
+        ratio_N = importance_ratio(logp_N, _old_logp(batch, targets, rows), self._config.is_clip)
+        loss_N = divergence_N * ratio_N
+        if targets.base_logp_NS is not None:
+            loss_N = loss_N + self._config.kl_reg_weight * divergence(student_NS, targets.base_logp_NS, 1.0)
+        moved_N = divergence(student_NS.detach(), targets.start_logp_NS, 1.0)
+        return loss_N, Measure(divergence_N.detach(), ratio_N, logp_N, moved_N)
+
+    @torch.no_grad()
+    def _rescore(self) -> Measure:
+        """The same tokens under the new weights."""
+        measures = []
+        for batch in self._batches:
+            self._breathe()
+            assert batch.targets is not None
+            hidden_ND = self._policy.hidden(batch.student)
+            self._forward_tokens += batch.student.ids_BL.numel()
+            for rows in _chunks(batch.tokens):
+                measures.append(self._loss(batch, rows, self._policy.logits(hidden_ND[rows]), _rows(batch.targets, rows))[1])
+        return _join(measures)
+
+    def _clip(self) -> float:
+        return float(torch.nn.utils.clip_grad_norm_(self._policy.parameters.values(), self._config.max_grad_norm))
+
+    # --- verdicts ---
+
+    def _gate(self, measured: Measure, grad_norm: float) -> str | None:
+        """Why the optimizer must not step: Adam would take a full-size step on noise, and spread a NaN everywhere."""
+        loss = float(measured.divergence.mean())
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return f"loss {loss} or gradient norm {grad_norm} is not finite"
+        if not self._grad_norms and loss < self._config.min_signal:
+            return f"already known: the feedback changes the reply by {loss:.2g} nats a token, under min_signal {self._config.min_signal:g}"
+        return None
+
+    def _harm(self) -> str | None:
+        """Why the lesson must be taken back."""
+        assert self._before is not None and self._after is not None
+        before, after = float(self._before.divergence.mean()), float(self._after.divergence.mean())
+        moved = float(self._after.kl_to_start.mean())
+        if not (math.isfinite(after) and math.isfinite(moved)):
+            return "the new weights give a loss that is not finite"
+        if after > before:
+            return f"the loss rose from {before:.4g} to {after:.4g}: try a smaller learning_rate"
+        if moved > self._config.max_kl:
+            return f"the policy moved by {moved:.3g} nats a token, over max_kl {self._config.max_kl:g}: try a smaller learning_rate"
+        return None
+
+    def _finish(self, outcome: StepOutcome, reason: str | None) -> StepResult:
+        """The result; unless the lesson was applied, the weights are taken back first."""
+        assert self._before is not None
+        change = self._policy.relative_change(self._start)
+        if outcome != "applied":
+            self._policy.restore(self._start)
+        norms = tuple(self._grad_norms)
+        return StepResult(outcome, reason, self._batches, self._before, self._after, norms, change, self._forward_tokens, self._seconds)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+def _micro_batches(samples: Sequence[Sample], config: TrainingConfig, device: torch.device) -> list[MicroBatch]:
+    return [
+        MicroBatch(
+            group,
+            collate([s.student_prompt for s in group], [s.response for s in group]).to(device),
+            config.alpha if source == "sampled" else 0.0,
+        )
+        for source in ("sampled", "hindsight", "anchor")
+        for group in micro_batches([s for s in samples if s.source == source], MICRO_BATCH_TOKENS)
+    ]
+
+
+def _old_logp(batch: MicroBatch, targets: Targets, rows: slice) -> Tensor | None:
+    """What the importance ratio is taken against: the serving engine's logprobs for a reply of an earlier version, the start of the lesson
+    for an on-policy one (so exactly 1 on the first step), nothing for replies that are not the student's."""
+    if batch.samples[0].source != "sampled":
+        return None
+    served_N = torch.tensor([logp for s in batch.samples for logp in s.served_logp], device=targets.start_logp_N.device)[rows]
+    on_policy_N = torch.tensor([s.on_policy for s in batch.samples for _ in s.response], device=served_N.device)[rows]
+    return torch.where(on_policy_N, targets.start_logp_N, served_N)
+
+
+def _chunks(n: int) -> list[slice]:
+    return [slice(at, min(at + CHUNK, n)) for at in range(0, n, CHUNK)]
+
+
+def _rows(targets: Targets, rows: slice) -> Targets:
+    columns = (getattr(targets, field.name) for field in fields(Targets))
+    return Targets(*(None if column is None else column[rows] for column in columns))
+
+
+def _join_targets(parts: Sequence[Targets]) -> Targets:
+    columns = zip(*((getattr(part, field.name) for field in fields(Targets)) for part in parts), strict=True)
+    return Targets(*(None if column[0] is None else torch.cat(column) for column in columns))
+
+
+def _join(parts: Sequence[Measure]) -> Measure:
+    return Measure(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Measure)))

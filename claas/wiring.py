@@ -1,0 +1,108 @@
+"""Settings → Services: the only place that chooses a backend, and the order in which parts open and close."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+
+from filelock import FileLock, Timeout
+
+from claas.core.errors import ConfigurationError
+from claas.core.settings import Settings
+from claas.core.types import LoraInitRequest
+from claas.learning.feedback_store import FeedbackStore
+from claas.learning.journal import Journal
+from claas.learning.learner import Learner
+from claas.learning.ledger import Ledger
+from claas.learning.lifecycle import AdapterLifecycle
+from claas.learning.locks import AdapterLocks
+from claas.learning.recovery import recover
+from claas.rollouts.sql import SqlRolloutStore
+from claas.services import Services
+from claas.storage.database import Database
+
+LOCK_FILE = "claas.lock"
+
+log = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def open_services(settings: Settings, *, progress: bool = False) -> AsyncIterator[Services]:
+    """Open everything a service needs, recover from a crash, and close it all again in reverse order.
+
+    Raises:
+        ConfigurationError: a wrong setting, a missing extra, or a data folder that another service uses.
+    """
+    if settings.distill_execution_mode != "local":
+        raise ConfigurationError(f"distill_execution_mode {settings.distill_execution_mode!r} is not available in this version: use 'local'")
+    # Heavy imports stay in here, so that the error can name what to install.
+    try:
+        from claas.adapters.filesystem import FilesystemAdapterStore
+        from claas.inference.embedded import EmbeddedInference
+        from claas.models.compute import ComputeShare
+        from claas.models.load import load_base_model
+        from claas.training.engine.local import LocalEngine
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"{error.name} is missing: pip install 'claas[local]'") from error
+
+    async with AsyncExitStack() as stack:
+        stack.enter_context(_only_service(settings))
+        database = Database(settings.sqlalchemy_url)
+        stack.callback(database.close)
+        await asyncio.to_thread(database.migrate)
+        base = await asyncio.to_thread(load_base_model, settings, progress=progress)
+        store = FilesystemAdapterStore(settings.adapters_dir, keep_versions=settings.keep_versions)
+        for line in await asyncio.to_thread(lambda: list(store.recover())):
+            log.warning("%s", line)
+
+        share = ComputeShare(os.cpu_count() or 1)
+        inference = EmbeddedInference(
+            base,
+            share,
+            max_batch=settings.max_batch,
+            max_queue=settings.max_queue,
+            max_context=settings.max_context,
+            default_max_tokens=settings.default_max_tokens,
+        )
+        engine = LocalEngine(store, base, share, settings.allowed_init_base_models)
+        rollouts = SqlRolloutStore(database, max_count=settings.completion_cache_size, max_age_days=settings.rollout_max_age_days)
+        feedback = FeedbackStore(database)
+        journal = Journal(database, settings.log_dir)
+        locks = AdapterLocks(settings.feedback_lock_timeout_s)
+        learner = Learner(engine, inference, rollouts, Ledger(feedback, journal, engine), locks, base.id)
+        lifecycle = AdapterLifecycle(engine, inference, rollouts, feedback, journal, locks, base.id)
+        # Closed in reverse: no new tokens, no new steps, then what still waits for either ends and is written down.
+        stack.push_async_callback(learner.aclose)
+        stack.push_async_callback(engine.aclose)
+        stack.push_async_callback(inference.aclose)
+        services = Services(settings, base.id, engine, inference, rollouts, feedback, journal, lifecycle, learner)
+        await _begin(services)
+        yield services
+
+
+async def _begin(services: Services) -> None:
+    """Settle what a crash left open; have one adapter ready to learn."""
+    for line in await recover(services.engine, services.feedback, services.journal):
+        log.warning("%s", line)
+    await services.rollouts.prune()
+    adapter = services.settings.default_adapter
+    if not (await services.engine.lora_exists(adapter)).exists:
+        await services.lifecycle.init(LoraInitRequest(lora_id=adapter))
+    await services.inference.activate(await services.engine.lora_runtime_ref(adapter))
+
+
+@contextmanager
+def _only_service(settings: Settings) -> Iterator[None]:
+    """Two services on one data folder would overwrite each other: the second one does not start."""
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        settings.adapters_dir.mkdir(parents=True, exist_ok=True)
+        locks = [FileLock(folder / LOCK_FILE, blocking=False) for folder in {settings.data_dir.resolve(), settings.adapters_dir.resolve()}]
+        with locks[0], locks[-1]:
+            yield
+    except Timeout:
+        raise ConfigurationError("another service uses this data folder: stop it, or give this one a data_dir of its own") from None
+
