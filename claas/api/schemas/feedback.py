@@ -1,0 +1,122 @@
+"""`/v1/feedback`: the upstream body, and completion ids in place of prompt and response."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, Field, JsonValue, StringConstraints, field_validator, model_validator
+
+from claas.api.schemas.base import AdapterId, OpaqueId, WireRequest, only, unsupported
+from claas.core.types import DistillResponse, TrainingConfig
+from claas.learning.types import FeedbackItem, LessonResult, Shown
+
+MAX_FEEDBACK_CHARS = 8000
+TIMINGS = ("sleep", "distill", "save", "wake", "logprobs", "total")
+
+FeedbackText = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_FEEDBACK_CHARS)]
+
+
+class FeedbackEntry(WireRequest):
+    """What was wrong or right with one reply, named by `completion_id`, or by `lora_id`, `prompt` (the last user turn) and `response`.
+
+    `training` overrides the adapter's lesson settings, field by field. The same `idempotency_key` twice is one lesson.
+    """
+
+    feedback: FeedbackText
+    completion_id: OpaqueId | None = None
+    lora_id: AdapterId | None = None
+    prompt: str | None = None
+    response: str | None = None
+    training: TrainingConfig = TrainingConfig()
+    metadata: dict[str, JsonValue] = Field(default_factory=dict)
+    idempotency_key: OpaqueId | None = None
+    rating: Annotated[JsonValue, only()] = None
+    demonstration: Annotated[JsonValue, only()] = None
+
+    @model_validator(mode="after")
+    def _names_one_reply(self) -> Self:
+        spelled = {"lora_id": self.lora_id, "prompt": self.prompt, "response": self.response}
+        missing = [name for name, value in spelled.items() if value is None]
+        if self.completion_id is None and missing:
+            raise ValueError(f"name the reply by 'completion_id', or by 'lora_id', 'prompt' and 'response' ({missing[0]!r} is missing)")
+        if self.completion_id is not None and (self.prompt is not None or self.response is not None):
+            raise ValueError("name the reply once: by 'completion_id', or by 'prompt' and 'response'")
+        return self
+
+    def to_core(self) -> FeedbackItem:
+        return FeedbackItem(
+            feedback=self.feedback,
+            completion_id=self.completion_id,
+            lora_id=self.lora_id,
+            prompt=self.prompt,
+            response=self.response,
+            training=self.training.model_dump(exclude_unset=True),
+            metadata=self.metadata,
+            idempotency_key=self.idempotency_key,
+        )
+
+
+class Orchestration(WireRequest):
+    """How a serving engine on the trainer's GPU makes room for a step. The embedded engine serves on through it, and needs none of this."""
+
+    sleep_before: bool = True
+    wake_after: bool = True
+    wake_on_failure: bool = True
+    sleep_level: Annotated[int, Field(ge=1, le=2)] = 1
+
+
+class FeedbackRequest(WireRequest):
+    """One lesson: all entries are learnt in one step, so they are about one adapter. `show` asks for new replies to the same prompts."""
+
+    requests: Annotated[list[FeedbackEntry], Field(min_length=1, max_length=64)]
+    orchestration: Orchestration = Orchestration()
+    wait: bool = True
+    show: bool = False
+
+    @field_validator("wait")
+    @classmethod
+    def _synchronous(cls, value: bool) -> bool:
+        if not value:
+            raise unsupported("cannot be false: asynchronous feedback is not available yet")
+        return value
+
+
+class VllmState(BaseModel):
+    slept: bool = False
+    woke: bool = False
+
+
+class FeedbackResponse(BaseModel):
+    """What came of the lesson. `version` is the one that serves now, `distill_result.metadata` the step's own report.
+
+    `status` is "ok" for a step that was applied; "skipped" and "undone" changed nothing and give their `reason`.
+    """
+
+    status: Literal["ok", "skipped", "undone"]
+    reason: str | None
+    request_id: str
+    lora_id: str
+    version: int
+    feedback_ids: list[str]
+    distill_result: DistillResponse
+    vllm: VllmState = VllmState()
+    feedback_log_path: str
+    timing_ms: dict[str, int]
+    batch_size: int
+    shown: list[Shown]
+
+    @classmethod
+    def from_core(cls, result: LessonResult) -> Self:
+        return cls(
+            status="ok" if result.outcome == "applied" else result.outcome,
+            reason=result.reason,
+            request_id=result.request_id,
+            lora_id=result.lora_id,
+            version=result.version,
+            feedback_ids=list(result.feedback_ids),
+            distill_result=result.distill_result,
+            feedback_log_path=result.log_path,
+            timing_ms=dict.fromkeys(TIMINGS, 0) | result.timing_ms,
+            batch_size=result.batch_size,
+            shown=list(result.shown),
+        )

@@ -1,0 +1,149 @@
+"""A serving engine of characters: one token for each, ids are code points, and a function says what is replied."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Literal
+
+from claas.core.errors import BackendUnavailable, ContextOverflow, Overloaded
+from claas.core.types import FinishReason, LoraRuntimeRef, ServiceHealth
+from claas.inference.base import GenerationChunk, GenerationRequest, InferenceBackend, SampledToken, Score, TokenStream
+
+EOS = 0
+EOS_TEXT = "<eos>"
+
+
+def echo(request: GenerationRequest) -> str:
+    """Says who speaks and repeats the last turn, so that a test sees which adapter was asked, and what."""
+    speaker = f"{request.adapter.lora_id}@{request.adapter.version}" if request.adapter else "base"
+    return f"[{speaker}] {request.messages[-1].content if request.messages else request.prompt}"
+
+
+class CharStream(TokenStream):
+    """Emits the script one character a step. Counts as running until it ends or is closed."""
+
+    def __init__(self, backend: CharInference, request: GenerationRequest) -> None:
+        self.prompt_token_ids = prompt_ids(request)
+        self._backend = backend
+        self._request = request
+        self._chunks = self._generate()
+
+    def __aiter__(self) -> AsyncIterator[GenerationChunk]:
+        return self._chunks
+
+    async def aclose(self) -> None:
+        self._backend.running.discard(self)
+        await self._chunks.aclose()
+
+    async def _generate(self) -> AsyncGenerator[GenerationChunk]:
+        visible, token_ids, finish = script(self._request, self._backend.reply(self._request))
+        for position, token_id in enumerate(token_ids):
+            if self._backend.steps is not None:
+                await self._backend.steps.acquire()
+            else:
+                await asyncio.sleep(0)
+            if self._backend.broken_after is not None and position >= self._backend.broken_after:
+                raise self._backend.breakage
+            if self._backend.closed:
+                finish, token_ids = "abort", token_ids[: position + 1]
+            last = position == len(token_ids) - 1
+            if last:
+                self._backend.running.discard(self)
+            yield GenerationChunk(visible[position : position + 1], (self._sampled(token_id),), finish if last else None)
+            if last:
+                return
+
+    def _sampled(self, token_id: int) -> SampledToken:
+        top = tuple((token_id + rank, logprob_of(token_id) - rank) for rank in range(self._request.sampling.top_logprobs))
+        return SampledToken(token_id, logprob_of(token_id), top)
+
+
+class CharInference(InferenceBackend):
+    """`reply` scripts the answers. With `steps`, every token waits for one release of it. `broken_after` tokens, `breakage` is raised."""
+
+    kind: Literal["embedded", "vllm", "tinker", "modal"] = "embedded"
+
+    def __init__(
+        self,
+        reply: Callable[[GenerationRequest], str] = echo,
+        *,
+        steps: asyncio.Semaphore | None = None,
+        max_context: int = 4096,
+        max_running: int = 64,
+    ) -> None:
+        self.reply = reply
+        self.steps = steps
+        self.max_context = max_context
+        self.max_running = max_running
+        self.requests: list[GenerationRequest] = []
+        self.running: set[CharStream] = set()
+        self.active: list[LoraRuntimeRef] = []
+        self.closed = False
+        self.unhealthy: str | None = None
+        self.broken_after: int | None = None
+        self.breakage: Exception = BackendUnavailable("the engine broke")
+
+    async def stream(self, request: GenerationRequest) -> TokenStream:
+        if self.closed:
+            raise BackendUnavailable("the service is closing")
+        wanted = len(prompt_ids(request)) + (request.sampling.max_tokens or 1)
+        if wanted > self.max_context:
+            raise ContextOverflow(f"{wanted} tokens are asked for and the context holds {self.max_context}: shorten the conversation")
+        if len(self.running) >= self.max_running:
+            raise Overloaded("all slots are taken: try again soon", retry_after_s=3)
+        self.requests.append(request)
+        stream = CharStream(self, request)
+        self.running.add(stream)
+        return stream
+
+    async def score(self, request: GenerationRequest, completion: str) -> Score:
+        ids = tuple(map(ord, completion))
+        return Score(len(prompt_ids(request)), ids, tuple(completion), tuple(map(logprob_of, ids)))
+
+    def token_text(self, token_id: int) -> str:
+        return EOS_TEXT if token_id == EOS else chr(token_id)
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        yield
+
+    async def activate(self, ref: LoraRuntimeRef) -> None:
+        self.active.append(ref)
+
+    async def forget(self, lora_id: str) -> None:
+        self.active = [ref for ref in self.active if ref.lora_id != lora_id]
+
+    async def health(self) -> ServiceHealth:
+        status: Literal["healthy", "unhealthy"] = "unhealthy" if self.unhealthy or self.closed else "healthy"
+        return ServiceHealth(status=status, error=self.unhealthy, detail={"running": len(self.running)})
+
+    async def aclose(self) -> None:
+        self.closed = True
+        if self.steps is not None:
+            for _ in self.running:
+                self.steps.release()
+
+
+def prompt_ids(request: GenerationRequest) -> tuple[int, ...]:
+    text = request.prompt if request.prompt is not None else "".join(f"{m.role}:{m.content}\n" for m in request.messages)
+    return tuple(map(ord, text))
+
+
+def logprob_of(token_id: int) -> float:
+    """Any fixed, exactly representable function of the id will do."""
+    return -(token_id % 64) / 64
+
+
+def script(request: GenerationRequest, text: str) -> tuple[str, list[int], FinishReason]:
+    """The visible text, the sampled ids and how it ends, under the request's stop strings and length limit."""
+    token_ids, visible = [*map(ord, text), EOS], text
+    cuts = [(text.find(stop), stop) for stop in request.sampling.stop if stop in text]
+    if cuts:
+        at, stop = min(cuts)
+        token_ids, visible = token_ids[: at + len(stop)], text[:at]
+    limit = request.sampling.max_tokens
+    if limit is not None and limit < len(token_ids):
+        return visible[:limit], token_ids[:limit], "length"
+    return visible, token_ids, "stop"
