@@ -1,0 +1,1 @@
+"""Migrations, oldest first. They name plain column types, so that they stay what they were when `models.py` moves on."""
