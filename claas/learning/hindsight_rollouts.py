@@ -14,7 +14,7 @@ from claas.inference.base import Generation, GenerationRequest, InferenceBackend
 from claas.rollouts.visible import visible_text
 from claas.training.hindsight import HINDSIGHT_BLOCK, hindsight_messages
 
-QUOTE_WORDS = 6
+QUOTE_WORDS = 5
 
 
 async def hindsight_rollouts(item: DistillBatchItem, inference: InferenceBackend, training: TrainingConfig) -> list[DistillBatchItem]:
@@ -32,10 +32,13 @@ async def hindsight_rollouts(item: DistillBatchItem, inference: InferenceBackend
 
 
 def fault(reply: Generation, feedback: str) -> str | None:
-    """Why a hindsight rollout must not be taught: its blemishes would be learnt too. None if it is good."""
+    """Why a hindsight rollout must not be taught: its blemishes would be learnt too. None if it is good.
+
+    One that was cut at its token limit is good: each token is held to the teacher's whole distribution, and no end is taught.
+    """
     text = visible_text(reply.text).strip()
-    if reply.finish_reason != "stop":
-        return "unfinished"
+    if reply.finish_reason == "abort":
+        return "aborted"
     if not text:
         return "empty"
     if quotes(text, feedback) or quotes(text, HINDSIGHT_BLOCK):

@@ -22,14 +22,13 @@ class Ledger:
         self._engine = engine
 
     async def repeated(self, lesson: ResolvedLesson) -> LessonResult | None:
-        """The result of the lesson that these idempotency keys already taught; None if it is new, or failed and may be tried again.
+        """The result of the lesson that these idempotency keys already taught; None if it is new (a failed one gave its keys back).
 
         Raises:
             Conflict: it is being learnt right now, or only some of its items were sent before.
         """
         keys = [item.idempotency_key for item in lesson.request.items if item.idempotency_key is not None]
         found = [row for key in keys if (row := await self._feedback.by_key(lesson.lora_id, key)) is not None]
-        found = [row for row in found if row.state != "failed"]
         if not found:
             return None
         if any(row.state in ("queued", "training") for row in found):

@@ -1,0 +1,121 @@
+"""What counts as a good hindsight rollout, and what the teacher reads."""
+
+from __future__ import annotations
+
+import pytest
+
+from claas.core.errors import Unteachable
+from claas.core.types import ChatMessage, DistillBatchItem, FinishReason, TrainingConfig
+from claas.inference.base import Generation, GenerationRequest, SampledToken
+from claas.learning.anchors import ANCHOR_PROMPTS, Anchors
+from claas.learning.checks import find_collapse
+from claas.learning.hindsight_rollouts import fault, hindsight_rollouts, is_degenerate, quotes
+from claas.training.hindsight import HINDSIGHT_BLOCK, hindsight_messages
+from tests.doubles.engine import MemoryEngine
+from tests.doubles.inference import CharInference
+from tests.learning.conftest import LORA
+
+FEEDBACK = "Your name is Kuro, always introduce yourself as Kuro."
+ITEM = DistillBatchItem(
+    prompt="Who are you?",
+    response="I am SmolLM.",
+    feedback=FEEDBACK,
+    response_logprobs=(-1.0,),
+    prompt_token_ids=(1, 2),
+    response_token_ids=(3,),
+    messages=(ChatMessage(role="system", content="Be kind."), ChatMessage(role="user", content="Who are you?")),
+    template_kwargs={"date": "today"},
+)
+
+
+def generation(text: str, finish: FinishReason = "stop") -> Generation:
+    return Generation((1,), (SampledToken(1, -1.0),), text, finish)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("My name is Kuro. How can I help you?", None),
+        ("   ", "empty"),
+        ("<think>hm</think>", "empty"),
+        ("I always introduce yourself as Kuro.", "quotes"),
+        ("Sure. Your name is Kuro, always!", "quotes"),
+        ("I am Kuro and " * 12, "repeats"),
+    ],
+)
+def test_faults(text: str, says: str | None) -> None:
+    found = fault(generation(text), FEEDBACK)
+    assert found is None if says is None else found is not None and says in found
+
+
+def test_a_short_feedback_counts_as_quoted_only_whole() -> None:
+    assert quotes("Okay: be very brief!", "Be very brief.")
+    assert not quotes("Be kind and very brief.", "Be very brief.")
+    assert not quotes("anything", "")
+
+
+@pytest.mark.parametrize("text", ["The capital of France is Paris.", "one two three four five six seven eight nine ten eleven twelve thirteen"])
+def test_plain_sentences_are_not_degenerate(text: str) -> None:
+    assert not is_degenerate(text)
+
+
+def test_the_teacher_reads_the_feedback_in_the_last_user_turn() -> None:
+    messages = (*ITEM.messages, ChatMessage(role="assistant", content="I am SmolLM."), ChatMessage(role="user", content="Really?"))
+    seen = hindsight_messages(messages, "  Say {feedback} Kuro. ")
+    assert seen[:3] == messages[:3]
+    assert seen[3].content == "Really?" + HINDSIGHT_BLOCK.replace("{feedback}", "Say {feedback} Kuro.")
+    assert hindsight_messages(messages, " ") == messages
+    with pytest.raises(Unteachable, match="no user message"):
+        hindsight_messages(messages[:1], FEEDBACK)
+
+
+async def test_rollouts_come_from_the_base_that_knows_the_feedback_and_are_taught_to_the_student_that_does_not() -> None:
+    answers = iter(["I am Kuro.", "I am Kuro.", "Call me Kuro!", FEEDBACK])
+    inference = CharInference(lambda _: next(answers))
+    samples = await hindsight_rollouts(ITEM, inference, TrainingConfig(hindsight_rollouts=4, hindsight_max_tokens=99, hindsight_temperature=0.5))
+    request = inference.requests[0]
+    assert request.adapter is None and request.background
+    assert request.messages == hindsight_messages(ITEM.messages, FEEDBACK)
+    assert (request.sampling.max_tokens, request.sampling.temperature, request.template_kwargs) == (99, 0.5, {"date": "today"})
+    assert [s.response for s in samples] == ["I am Kuro.", "Call me Kuro!"]
+    assert all((s.source, s.prompt_token_ids, s.messages) == ("hindsight", ITEM.prompt_token_ids, ITEM.messages) for s in samples)
+    assert samples[0].response_token_ids == (*map(ord, "I am Kuro."), 0)
+
+
+async def test_no_rollouts_asked_none_sampled() -> None:
+    inference = CharInference()
+    assert await hindsight_rollouts(ITEM, inference, TrainingConfig()) == []
+    assert inference.requests == []
+
+
+async def test_anchors_are_sampled_once_and_taken_in_turn() -> None:
+    inference = CharInference()
+    anchors = Anchors(inference)
+    assert await anchors.take(0, 0) == []
+    assert inference.requests == []
+    first, second = await anchors.take(5, 0), await anchors.take(5, 1)
+    assert [a.prompt for a in first + second] == list(ANCHOR_PROMPTS[:10])
+    assert len(inference.requests) == len(ANCHOR_PROMPTS)
+    assert all(a.source == "anchor" and a.feedback == "" and a.response.startswith("[base]") for a in first)
+    assert len(await anchors.take(99, 3)) == len(ANCHOR_PROMPTS)
+
+
+async def test_a_collapse_is_found_and_not_blamed_on_a_version_whose_parent_had_it() -> None:
+    engine = MemoryEngine()
+    from claas.core.types import LoraInitRequest
+
+    await engine.init_lora(LoraInitRequest(lora_id=LORA))
+    parent = await engine.lora_runtime_ref(LORA)
+    candidate = parent.model_copy(update={"version": 1})
+
+    def loops(versions: set[int]):
+        def reply(request: GenerationRequest) -> str:
+            assert request.adapter is not None
+            return "a b c d " * 8 if request.adapter.version in versions else "Paris."
+
+        return CharInference(reply)
+
+    assert await find_collapse(loops(set()), candidate, parent) is None
+    assert "loop" in (await find_collapse(loops({1}), candidate, parent) or "")
+    assert await find_collapse(loops({0, 1}), candidate, parent) is None
+    assert "empty" in (await find_collapse(CharInference(lambda r: "" if r.adapter and r.adapter.version else "ok"), candidate, parent) or "")
