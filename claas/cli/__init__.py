@@ -1,1 +1,4 @@
-"""The `claas` command. Commands import what they need when they run, so that `claas --help` is instant."""
+"""The command line. But for `serve` and `doctor` it talks HTTP only.
+
+Modules with commands import nothing heavier than Typer at the top: `claas --help` must be instant.
+"""

@@ -1,0 +1,101 @@
+"""What `claas doctor` looks at. Changes nothing but for a file that it writes to the data folder and takes away again."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from claas.cli.client import Client, ServiceError, Unreachable
+from claas.cli.server import bind
+from claas.core.errors import ConfigurationError
+from claas.core.settings import Settings, load_settings
+
+Status = Literal["ok", "warn", "fail"]
+EXTRAS = {
+    "local": ("accelerate", "gguf", "peft", "safetensors", "torch", "transformers"),
+    "postgres": ("psycopg",),
+    "tinker": ("tinker",),
+    "modal": ("modal",),
+}
+ENOUGH_FREE_BYTES = 2 * 2**30  # the default model, converted, and a few hundred adapter versions
+LEAST_FREE_BYTES = 2**28
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """How one part is; `detail` says what to do unless it is ok."""
+
+    part: str
+    status: Status
+    detail: str
+
+
+def check_all(**overrides: Any) -> Iterator[Finding]:
+    """Every check, in the order in which a start would meet them. `overrides` are the command line's settings."""
+    yield check_python()
+    try:
+        settings = load_settings(**overrides)
+    except ConfigurationError as error:
+        yield Finding("settings", "fail", error.message)
+        return
+    yield Finding("settings", "ok", f"{settings.distill_execution_mode} mode")
+    yield from check_packages(settings)
+    yield check_folder("data folder", settings.data_dir)
+    yield check_address(settings)
+
+
+def check_python() -> Finding:
+    version = platform.python_version()
+    return Finding("python", "ok" if sys.version_info >= (3, 11) else "fail", f"{version} (3.11 or newer is needed)")
+
+
+def check_packages(settings: Settings) -> Iterator[Finding]:
+    """The extras these settings need."""
+    needed: list[str] = [settings.distill_execution_mode]
+    if settings.sqlalchemy_url.startswith("postgresql"):
+        needed.append("postgres")
+    for extra in needed:
+        missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
+        detail = f"{', '.join(missing)} missing: pip install 'claas[{extra}]'" if missing else ", ".join(EXTRAS[extra])
+        yield Finding(f"extra {extra!r}", "fail" if missing else "ok", detail)
+
+
+def check_folder(part: str, folder: Path) -> Finding:
+    """Whether a file can be written there (or the folder made), and the space that is left."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".claas-doctor-"):
+            pass
+    except OSError as error:
+        return Finding(part, "fail", f"{folder} cannot be written ({error.strerror}): name another with --data-dir")
+    free = shutil.disk_usage(there).free
+    status: Status = "fail" if free < LEAST_FREE_BYTES else "warn" if free < ENOUGH_FREE_BYTES else "ok"
+    return Finding(part, status, f"{folder}, {free / 2**30:.1f} GiB free" + ("" if status == "ok" else ": make room"))
+
+
+def check_address(settings: Settings) -> Finding:
+    """Free, or already answered by a CLaaS service."""
+    address = f"{settings.host}:{settings.port}"
+    try:
+        bind(settings.host, settings.port).close()
+    except ConfigurationError as taken:
+        return _who_answers(settings, address, taken)
+    return Finding("address", "ok", f"{address} is free")
+
+
+def _who_answers(settings: Settings, address: str, taken: ConfigurationError) -> Finding:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    key = settings.api_keys[0].get_secret_value() if settings.api_keys else None
+    try:
+        with Client(f"http://{host}:{settings.port}", key) as client:
+            status = client.health()["status"]
+    except (Unreachable, ServiceError, KeyError, TypeError):
+        return Finding("address", "fail", taken.message)
+    return Finding("address", "ok" if status == "healthy" else "warn", f"a service answers at {address} and says it is {status}")

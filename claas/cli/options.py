@@ -1,0 +1,16 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+
+Url = Annotated[str, typer.Option("--url", envvar="CLAAS_URL", help="The service to talk to.")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="CLAAS_API_KEY", help="Bearer key, where the service asks for one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Database, adapters and logs.", file_okay=False)]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest reply, in tokens.")]
