@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from datetime import UTC, datetime
+from typing import Any
 
 from pydantic import JsonValue
-from pydantic_core import to_jsonable_python
 from sqlalchemy import DateTime, Dialect, LargeBinary, String, Text
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
@@ -19,7 +20,17 @@ _ESCAPE = re.compile(r"\\u([0-9a-f]{4})")
 
 def to_json(value: JsonValue) -> str:
     """ASCII JSON; NaN and the infinities, which JSON has no word for, become null."""
-    return json.dumps(to_jsonable_python(value, inf_nan_mode="null"), allow_nan=False)
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
 
 
 class UtcDateTime(TypeDecorator[datetime]):

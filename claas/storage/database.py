@@ -26,6 +26,7 @@ from claas.storage.errors import database_errors
 from claas.storage.files import disk_errors
 
 _THREADS = 8
+_OPTIONS: dict[str, Any] = {"json_serializer": to_json, "hide_parameters": True}  # parameters hold chats, which no traceback may show
 T = TypeVar("T")
 
 
@@ -83,7 +84,7 @@ def _open(text: str) -> Engine:
         url = make_url(text)
         if url.get_backend_name() == "sqlite":
             return _open_sqlite(url)
-        return create_engine(url, json_serializer=to_json, pool_size=_THREADS, pool_pre_ping=True)
+        return create_engine(url, pool_size=_THREADS, pool_pre_ping=True, **_OPTIONS)
     except ArgumentError as error:
         raise ConfigurationError(
             "database_url: write sqlite:///FILE, postgresql://USER:PASSWORD@HOST/NAME or another SQLAlchemy URL"
@@ -93,9 +94,12 @@ def _open(text: str) -> Engine:
 
 
 def _open_sqlite(url: URL) -> Engine:
-    options: dict[str, Any] = {"json_serializer": to_json}
+    options = _OPTIONS
     if url.database in (None, "", ":memory:"):
-        options |= {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}  # each connection would be a database of its own
+        options = _OPTIONS | {
+            "poolclass": StaticPool,
+            "connect_args": {"check_same_thread": False},
+        }  # each connection would be a database of its own
     elif not url.query.get("uri"):
         with disk_errors():
             Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
