@@ -11,7 +11,7 @@ from claas.core.errors import Unteachable
 from claas.core.types import ChatMessage
 
 HINDSIGHT_VERSION = 1
-HINDSIGHT_BLOCK = "\n\n(After your reply the user will say: {feedback}\nUse that when you answer now, without mentioning it.)"
+HINDSIGHT_BLOCK = "\n\n(A later message from the user follows. Use it when answering: {feedback})"
 
 
 def hindsight_messages(messages: Sequence[ChatMessage], feedback: str) -> tuple[ChatMessage, ...]:

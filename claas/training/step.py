@@ -281,7 +281,7 @@ def _rows(targets: Targets, rows: slice) -> Targets:
 
 
 def _join_targets(parts: Sequence[Targets]) -> Targets:
-    columns = zip(*((getattr(part, field.name) for field in fields(Targets)) for part in parts), strict=True)
+    columns = ([getattr(part, field.name) for part in parts] for field in fields(Targets))
     return Targets(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 

@@ -1,0 +1,97 @@
+"""Samples are checked when prepared, grouped within their budget, and padded without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from claas.core.errors import Unteachable
+from claas.core.types import ChatMessage, DistillBatchItem
+from claas.training.batch import Sample, collate, micro_batches, prepare
+from tests.training.conftest import sample
+
+ITEM = DistillBatchItem(
+    prompt="Hi",
+    response="Yo",
+    feedback="Be polite.",
+    response_logprobs=(-0.5, -0.5),
+    prompt_token_ids=(5, 6, 7),
+    response_token_ids=(8, 9),
+    messages=(ChatMessage(role="user", content="Hi"),),
+    version=2,
+)
+
+
+def render(messages: Sequence[ChatMessage], template_kwargs: dict[str, object]) -> tuple[int, ...]:
+    """One id for each message, then one for each character: enough to see what was rendered."""
+    return tuple(len(m.content or "") for m in messages) + (len(template_kwargs),)
+
+
+def prepared(parent: int = 2, max_context: int = 100, **changes: object) -> Sample:
+    item = ITEM.model_copy(update=changes)
+    return prepare(item, render, teacher="live", parent=parent, vocab_size=10, max_context=max_context, control_feedback="Weather.")
+
+
+def test_the_student_reads_the_served_ids_and_the_teacher_a_longer_prompt() -> None:
+    found = prepared()
+    assert found.student_prompt == (5, 6, 7) and found.response == (8, 9)
+    assert found.teacher_prompt[0] > found.control_prompt[0] > 2  # type: ignore[index]
+    assert (found.teacher, found.on_policy, found.age) == ("live", True, 0)
+
+
+def test_an_older_version_is_off_policy_and_counts_its_age() -> None:
+    found = prepared(parent=5)
+    assert (found.on_policy, found.age) == (False, 3)
+
+
+def test_only_own_replies_have_a_live_teacher_a_ratio_and_a_control() -> None:
+    for source in ("hindsight", "anchor"):
+        found = prepared(source=source, response_logprobs=(), parent=5)
+        assert (found.teacher, found.on_policy, found.age, found.control_prompt) == ("base", True, 0, None)
+    assert prepared(source="anchor").teacher_prompt == (5, 6, 7)
+    assert prepared(feedback="  ").teacher_prompt == (5, 6, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"response_token_ids": (8, 10)}, "vocabulary"),
+        ({"prompt_token_ids": (-1, 2)}, "vocabulary"),
+        ({"response_logprobs": (-0.5, float("nan"))}, "logprobs"),
+        ({"response_logprobs": (-0.5, float("-inf"))}, "logprobs"),
+        ({"response_logprobs": (-0.5, 0.5)}, "logprobs"),
+        ({"messages": (ChatMessage(role="system", content="x"),)}, "no user message"),
+        ({"prompt_token_ids": (1,) * 99}, "shorten"),
+    ],
+)
+def test_what_cannot_be_taught_says_why(changes: dict[str, object], says: str) -> None:
+    with pytest.raises(Unteachable, match=says):
+        prepared(**changes)
+
+
+def test_a_length_mismatch_is_an_error_when_the_item_is_built() -> None:
+    with pytest.raises(ValueError, match="2 response tokens but 1 logprobs"):
+        DistillBatchItem.model_validate(ITEM.model_dump() | {"response_logprobs": (-0.5,)})
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(20, 200))
+def test_groups_keep_every_sample_within_the_budget(lengths: list[int], budget: int) -> None:
+    samples = [sample(n, prompt=1, response=length) for n, length in enumerate(lengths)]
+    groups = micro_batches(samples, budget)
+    assert sorted(map(id, samples)) == sorted(id(s) for group in groups for s in group)
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(s.length for s in group) <= budget
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6))
+def test_every_response_token_is_predicted_one_position_earlier(shapes: list[tuple[int, int]]) -> None:
+    prompts = [tuple(range(1, p + 1)) for p, _ in shapes]
+    responses = [tuple(range(100, 100 + r)) for _, r in shapes]
+    batch = collate(prompts, responses)
+    flat = batch.ids_BL.flatten()
+    assert torch.equal(flat[batch.predict_N + 1], batch.targets_N)
+    assert batch.targets_N.tolist() == [token for response in responses for token in response]
