@@ -42,6 +42,7 @@ def create_app(open_services: Callable[[], AbstractAsyncContextManager[Services]
         summary="Continual learning as a service: chat, say what was wrong, and the model has learned it.",
         openapi_tags=_TAGS,
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=lifespan,
         middleware=[Middleware(Boundary), Middleware(Gate), Middleware(BodyGuard)],  # outermost first
         responses={"default": {"model": ErrorBody, "description": "An error, in OpenAI's shape"}},

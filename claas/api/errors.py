@@ -48,7 +48,7 @@ class Kind:
     retry_after_s: int | None = None
 
 
-class Forbidden(ClaasError):  # noqa: N818 - named as the tree names its branches
+class Forbidden(ClaasError):
     """Refused whatever the key: only this room raises it, so it is not drawn in the tree."""
 
 
@@ -187,5 +187,7 @@ def _dotted(loc: Sequence[str | int]) -> str | None:
 
 
 def _sentence(error: Mapping[str, Any]) -> str:
+    if error["type"] in ("model_attributes_type", "model_type", "dict_type"):
+        return "input should be an object"
     message = str(error["msg"]).removeprefix("Value error, ")
     return message[:1].lower() + message[1:]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable
 from typing import Literal
 
 from claas.core.adapter_id import flat_name, vllm_name
@@ -32,14 +31,14 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 class MemoryEngine(TrainingEngine):
-    """`outcome` decides what the next lessons come to; with `failure`, `distill` raises it."""
+    """`outcome` decides what the next lessons come to; with `failure`, `distill` raises it, with `breakage`, listing and health do."""
 
     def __init__(self, base_model: str = "tiny/base") -> None:
         self.base_model = base_model
         self.outcome: StepOutcome = "applied"
         self.failure: Exception | None = None
+        self.breakage: Exception | None = None
         self.unhealthy: str | None = None
-        self.before_distill: Callable[[], None] = lambda: None
         self.lessons: list[DistillBatchRequestPayload] = []
         self.closed = False
         self._latest: dict[str, int] = {}
@@ -51,7 +50,6 @@ class MemoryEngine(TrainingEngine):
 
     async def distill(self, payload: DistillBatchRequestPayload) -> DistillResponse:
         parent = self._known(payload.lora_id)
-        self.before_distill()
         if self.failure is not None:
             raise self.failure
         self.lessons.append(payload)
@@ -93,6 +91,8 @@ class MemoryEngine(TrainingEngine):
         return await self.init_lora(LoraInitRequest(lora_id=lora_id))
 
     async def list_loras(self, prefix: str = "") -> LoraListResponse:
+        if self.breakage is not None:
+            raise self.breakage
         return LoraListResponse(loras=sorted(lora_id for lora_id in self._latest if lora_id.startswith(prefix)))
 
     async def export_lora(self, lora_id: str, version: int | None = None) -> LoraExportPayload:
@@ -116,6 +116,8 @@ class MemoryEngine(TrainingEngine):
         return LoraRuntimeRef(lora_id=lora_id, version=number, vllm_name=vllm_name(lora_id, number), lora_path="memory")
 
     async def health(self) -> ServiceHealth:
+        if self.breakage is not None:
+            raise self.breakage
         status: Literal["healthy", "unhealthy"] = "unhealthy" if self.unhealthy else "healthy"
         return ServiceHealth(status=status, error=self.unhealthy)
 

@@ -21,6 +21,23 @@ def echo(request: GenerationRequest) -> str:
     return f"[{speaker}] {request.messages[-1].content if request.messages else request.prompt}"
 
 
+class Steps:
+    """Lets tokens be sampled one by one. `blocked` is set once a reply had to wait for a release."""
+
+    def __init__(self, released: int = 0) -> None:
+        self._permits = asyncio.Semaphore(released)
+        self.blocked = asyncio.Event()
+
+    async def take(self) -> None:
+        if self._permits.locked():
+            self.blocked.set()
+        await self._permits.acquire()
+
+    def release(self, tokens: int = 1) -> None:
+        for _ in range(tokens):
+            self._permits.release()
+
+
 class CharStream(TokenStream):
     """Emits the script one character a step. Counts as running until it ends or is closed."""
 
@@ -41,7 +58,7 @@ class CharStream(TokenStream):
         visible, token_ids, finish = script(self._request, self._backend.reply(self._request))
         for position, token_id in enumerate(token_ids):
             if self._backend.steps is not None:
-                await self._backend.steps.acquire()
+                await self._backend.steps.take()
             else:
                 await asyncio.sleep(0)
             if self._backend.broken_after is not None and position >= self._backend.broken_after:
@@ -69,7 +86,7 @@ class CharInference(InferenceBackend):
         self,
         reply: Callable[[GenerationRequest], str] = echo,
         *,
-        steps: asyncio.Semaphore | None = None,
+        steps: Steps | None = None,
         max_context: int = 4096,
         max_running: int = 64,
     ) -> None:
@@ -122,8 +139,7 @@ class CharInference(InferenceBackend):
     async def aclose(self) -> None:
         self.closed = True
         if self.steps is not None:
-            for _ in self.running:
-                self.steps.release()
+            self.steps.release(len(self.running))
 
 
 def prompt_ids(request: GenerationRequest) -> tuple[int, ...]:

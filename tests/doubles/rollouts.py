@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from claas.core.errors import Conflict, NotFound
 from claas.core.types import Rollout
 from claas.rollouts.store import RolloutStore
 
 
 class MemoryRolloutStore(RolloutStore):
-    """Never prunes. With `failure`, every `put` raises it."""
+    """Never prunes. `arrivals` tells, in order, what was put. With `failure`, every `put` raises it."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Rollout] = {}
+        self.arrivals: asyncio.Queue[Rollout] = asyncio.Queue()
         self.failure: Exception | None = None
 
     async def put(self, rollout: Rollout) -> None:
@@ -20,6 +23,7 @@ class MemoryRolloutStore(RolloutStore):
         if rollout.id in self.kept:
             raise Conflict(f"a reply with the id {rollout.id!r} is already stored", param="completion_id")
         self.kept[rollout.id] = rollout
+        self.arrivals.put_nowait(rollout)
 
     async def get(self, completion_id: str) -> Rollout:
         if completion_id not in self.kept:

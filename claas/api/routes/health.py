@@ -46,12 +46,17 @@ async def health(request: Request, services: ServicesDep) -> Response:
         _checked("store", _store_health(services)),
     )
     well = all(part.status == "healthy" for part in (engine, inference, store))
-    report = Health(status="healthy" if well else "unhealthy")
+    report = Health(
+        status="healthy" if well else "unhealthy",
+        engine=engine,
+        inference=inference,
+        store=store,
+        model=services.base_model_id,
+        versions={"claas": __version__},
+    )
     keys = services.settings.api_keys
-    if not keys or has_key(request.headers, keys):
-        parts = {"engine": engine, "inference": inference, "store": store}
-        report = report.model_copy(update={**parts, "model": services.base_model_id, "versions": {"claas": __version__}})
-    return Response(report.model_dump_json(exclude_unset=True), 200 if well else 503, media_type="application/json")
+    told = {"status"} if keys and not has_key(request.headers, keys) else None
+    return Response(report.model_dump_json(include=told), 200 if well else 503, media_type="application/json")
 
 
 async def _checked(part: str, check: Awaitable[ServiceHealth]) -> ServiceHealth:

@@ -34,8 +34,14 @@ class WireQuery(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _opaque_id(value: str) -> str:
+    if not 1 <= len(value) <= 200 or not value.isascii() or not value.isprintable() or " " in value:
+        raise ValueError("use 1 to 200 printable ASCII characters, without spaces")
+    return value
+
+
 AdapterId = Annotated[str, AfterValidator(parse_adapter_id)]
-OpaqueId = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,200}$")]
+OpaqueId = Annotated[str, AfterValidator(_opaque_id), Field(json_schema_extra={"minLength": 1, "maxLength": 200})]
 Version = Annotated[int, Field(ge=0, le=999_999_999)]
 TemplateKwargs = dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")], JsonValue]
 
