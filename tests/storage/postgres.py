@@ -51,7 +51,7 @@ class PostgresServer:
                 stderr=log,
                 cwd=self._folder,
             )
-        self._psql = [binaries / "psql", "-h", str(self._folder), "-U", _USER, "-d", "postgres", "-qc"]
+        self._psql = [str(binaries / "psql"), "-h", str(self._folder), "-U", _USER, "-d", "postgres", "-qc"]
         self._await_ready([str(binaries / "pg_isready"), "-q", "-h", str(self._folder)])
 
     def _await_ready(self, question: list[str]) -> None:
