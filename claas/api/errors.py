@@ -141,10 +141,10 @@ class Boundary:
             return
         except ClaasError as error:
             if kind_of(error).status >= 500:
-                log.warning("%s %s failed (%s)", scope["method"], scope["path"], request_id, exc_info=error)
+                log.warning("%s %r failed (%s)", scope["method"], scope["path"], request_id, exc_info=error)
             response = response_to(error)
         except Exception:
-            log.exception("%s %s broke (%s)", scope["method"], scope["path"], request_id)
+            log.exception("%s %r broke (%s)", scope["method"], scope["path"], request_id)
             response = JSONResponse(unforeseen(request_id).model_dump(), 500)
         if not started:
             await response(scope, receive, tagged)
