@@ -1,0 +1,78 @@
+"""How serving and training divide the CPU's cores. Knows nothing of what either computes.
+
+torch's intra-op thread count belongs to the calling thread, and each calling thread has an OpenMP team of its own. Two teams that
+together are larger than the machine wait for each other at every operation, which is far slower than either alone; so while both
+work, each takes its share, and while one is idle the other takes all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+Side = Literal["serving", "training"]
+
+
+class ComputeShare:
+    """Who is active, and so how many threads each side may use. One for a process; safe from any thread."""
+
+    def __init__(self, n_cores: int) -> None:
+        assert n_cores >= 1
+        self._n_cores = n_cores
+        self._active: dict[Side, int] = {"serving": 0, "training": 0}
+        self._lock = threading.Lock()
+        self._thread = _Thread()
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Mark the calling thread as serving while the body runs, with the cores that are its due."""
+        with self._marked("serving"):
+            yield
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Mark the calling thread as training while the body runs, with the cores that are its due."""
+        with self._marked("training"):
+            yield
+
+    def threads(self, side: Side) -> int:
+        """How many threads `side` may use now, at least one."""
+        if not (self._active["serving"] and self._active["training"]):
+            return self._n_cores
+        half = self._n_cores // 2
+        return max(1, half) if side == "training" else self._n_cores - half
+
+    def apply(self) -> None:
+        """Adopt the present share in the calling thread, inside `serving()` or `training()`. Cheap: call it often, between operations."""
+        side = self._thread.side
+        assert side is not None, "apply() belongs inside serving() or training()"
+        share = self.threads(side)
+        if self._thread.threads != share:
+            # A thread's first read would overwrite what was set before it with another thread's count.
+            torch.get_num_threads()
+            torch.set_num_threads(share)
+            self._thread.threads = share
+
+    @contextmanager
+    def _marked(self, side: Side) -> Iterator[None]:
+        with self._lock:
+            self._active[side] += 1
+        self._thread.side = side
+        try:
+            self.apply()
+            yield
+        finally:
+            self._thread.side = None
+            with self._lock:
+                self._active[side] -= 1
+
+
+class _Thread(threading.local):
+    """What the calling thread does and the count it last adopted."""
+
+    side: Side | None = None
+    threads: int | None = None

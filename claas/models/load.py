@@ -1,0 +1,118 @@
+"""Settings → the base model in memory, frozen and checked. It knows no adapter, no request and no lesson."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.utils import logging as transformers_logging
+
+from claas.core.errors import ConfigurationError
+from claas.core.settings import Settings
+from claas.models.base_model import LoadedModel
+from claas.models.default_model import DEFAULT_MODEL_ID, default_model
+
+log = logging.getLogger(__name__)
+
+
+def load_base_model(settings: Settings, *, progress: bool = False) -> LoadedModel:
+    """Load the base model that the settings name, or the default one, ready to serve and to train adapters on.
+
+    Raises:
+        ConfigurationError: it cannot be found, read, or served; the message says what to set.
+    """
+    device = _device(settings.device)
+    dtype = _dtype(settings.dtype, device)
+    source = settings.base_model_id
+    path: str | Path = default_model(settings.cache_dir, progress=progress) if source is None else _local(source)
+    trust = settings.trust_remote_code is not None
+    try:
+        with _quiet(progress):
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+            module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        log.warning("loading the base model failed", exc_info=error)
+        raise ConfigurationError(
+            f"the base model {source or DEFAULT_MODEL_ID!r} cannot be loaded ({type(error).__name__}): set CLAAS_BASE_MODEL_ID to a model "
+            "of the Hugging Face hub or to a folder that holds one; the log says more"
+        ) from error
+    module = module.to(device).eval().requires_grad_(False)
+    if tokenizer.chat_template is None:
+        raise ConfigurationError(f"the base model {_model_id(source)!r} has no chat template: choose an instruction-tuned model")
+    _check_servable(module, _model_id(source))
+    return LoadedModel(
+        id=_model_id(source), path=path, config=module.config, tokenizer=tokenizer, module=module, device=device, dtype=dtype
+    )
+
+
+def _model_id(source: str | None) -> str:
+    """What requests call the model: the hub id, the folder's name, or the default's name."""
+    if source is None:
+        return DEFAULT_MODEL_ID
+    return Path(source).resolve().name if Path(source).is_dir() else source
+
+
+def _local(source: str) -> str | Path:
+    """A folder as a path, so that it is never looked up on the hub; anything else is a hub id."""
+    return Path(source).resolve() if Path(source).is_dir() else source
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[wanted]:
+        raise ConfigurationError(f"device {wanted!r} is not available on this machine: set CLAAS_DEVICE=auto")
+    return torch.device(wanted, 0) if wanted == "cuda" else torch.device(wanted)
+
+
+def _dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 where the hardware computes in it; elsewhere it would be emulated, slower than float32."""
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        cpu = torch.cpu.get_capabilities()
+        native = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+def _check_servable(module: PreTrainedModel, name: str) -> None:
+    """Server and trainer run the backbone, then the LM head on the positions they need: that must be all there is to the model."""
+    config: PretrainedConfig = module.config.get_text_config(decoder=True)
+    other = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention"}
+    if other:
+        raise ConfigurationError(f"the base model {name!r} has layers of type {min(other)!r}: choose one with full attention throughout")
+    head = module.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ConfigurationError(f"the base model {name!r} has no LM head: choose a causal language model")
+    ids = torch.arange(8, device=module.device)[None] % config.vocab_size
+    with torch.inference_mode():
+        whole, parts = module(input_ids=ids).logits, head(module.get_decoder()(input_ids=ids).last_hidden_state)
+    if not torch.isfinite(whole).all() or not torch.allclose(whole, parts, atol=1e-2, rtol=1e-2):
+        raise ConfigurationError(f"the base model {name!r} computes its logits in a way that is not supported: choose another model")
+
+
+@contextmanager
+def _quiet(progress: bool) -> Iterator[None]:
+    """Without `progress`, no bars of transformers on the terminal."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    if progress or not shown:
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
