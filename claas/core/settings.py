@@ -22,6 +22,7 @@ from claas.core.types import EngineKind
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 CONFIG_VARIABLE = "CLAAS_CONFIG"
+CLIENT_VARIABLES = ("CLAAS_URL", "CLAAS_API_KEY")  # read by the command line's client, not by the service
 
 
 class Settings(BaseSettings):
@@ -137,7 +138,7 @@ def _line(error: Mapping[str, Any]) -> str:
 
 
 def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
-    known = {f"CLAAS_{name}".upper() for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    known = {f"CLAAS_{name}".upper() for name in Settings.model_fields} | {CONFIG_VARIABLE, *CLIENT_VARIABLES}
     for name in environment:
         if name.startswith("CLAAS_") and name.upper() not in known:
             close = difflib.get_close_matches(name, known, n=1)

@@ -110,6 +110,7 @@ class TrainingConfig(Frozen):
     teacher_top_k: support of the divergence, besides one tail bucket.
     teacher: which policy judges own replies. Hindsight rollouts are always judged by the base model.
     gradient_steps: optimizer steps on the lesson's batch; the teacher's targets are computed once.
+    minibatch: lesson samples, and anchors, that a gradient step takes after the first, which takes all; 0 means all, always.
     hindsight_rollouts: replies sampled with the feedback in view, for each reply the feedback is about.
     hindsight_max_tokens, hindsight_temperature: how those are sampled.
     anchors: replies of the base model to unrelated prompts that the lesson must leave as they are.
@@ -125,6 +126,7 @@ class TrainingConfig(Frozen):
     teacher_top_k: int = Field(default=100, ge=1, le=1000)
     teacher: TeacherKind = "live"
     gradient_steps: int = Field(default=1, ge=1, le=64)
+    minibatch: int = Field(default=0, ge=0, le=64)
     hindsight_rollouts: int = Field(default=0, ge=0, le=32)
     hindsight_max_tokens: int = Field(default=256, ge=8, le=4096)
     hindsight_temperature: float = Field(default=1.0, ge=0.0, le=2.0)

@@ -89,11 +89,15 @@ def prepare(
     return sample
 
 
-def micro_batches(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Group samples of similar length so that no padded group has over `max_tokens` positions (a longer sample goes alone)."""
+def micro_batches(samples: Sequence[Sample], max_tokens: int, max_samples: int = 0) -> list[list[Sample]]:
+    """Group samples of similar length so that no padded group has over `max_tokens` positions (a longer sample goes alone).
+
+    `max_samples` bounds a group's size too, unless it is 0.
+    """
     groups: list[list[Sample]] = []
     for sample in sorted(samples, key=lambda s: s.length):
-        if groups and (len(groups[-1]) + 1) * sample.length <= max_tokens:
+        full = not groups or len(groups[-1]) == max_samples or (len(groups[-1]) + 1) * sample.length > max_tokens
+        if not full:
             groups[-1].append(sample)
         else:
             groups.append([sample])

@@ -11,7 +11,15 @@ def default_training(n_params: int) -> TrainingConfig:
     """Under a billion parameters: few, large steps on hindsight rollouts. Above: the settings of the upstream recipe."""
     if n_params >= SMALL_MODEL_PARAMS:
         return TrainingConfig()
-    return TrainingConfig(learning_rate=1e-3, gradient_steps=8, hindsight_rollouts=4, hindsight_max_tokens=64)
+    return TrainingConfig(
+        learning_rate=1e-3,
+        gradient_steps=10,
+        minibatch=4,
+        hindsight_rollouts=4,
+        hindsight_max_tokens=24,
+        hindsight_temperature=0.5,
+        anchors=6,
+    )
 
 
 def default_lora(n_params: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from claas.core.types import StepOutcome, TrainingConfig
+from claas.core.types import SampleSource, StepOutcome, TrainingConfig
 from claas.training.batch import Sample, Sequences, collate, micro_batches
 from claas.training.policy import Policy
 from claas.training.sdpo import bucket_logp, divergence, importance_ratio, token_logp, top_k_support
@@ -49,6 +49,10 @@ class MicroBatch:
     student: Sequences
     alpha: float
     targets: Targets | None = None
+
+    @property
+    def source(self) -> SampleSource:
+        return self.samples[0].source
 
     @property
     def tokens(self) -> int:
@@ -100,9 +104,9 @@ class LessonStep:
 
     def run(self) -> StepResult:
         """Learn. Unless the outcome is "applied", the policy's weights are what they were, bit for bit."""
-        for _ in range(self._config.gradient_steps):
+        for turn in range(self._config.gradient_steps):
             with self._timed("learn"):
-                measured = self._accumulate()
+                measured = self._accumulate(self._batches_of(turn))
                 norm = self._clip()
             self._before = self._before or measured
             if reason := self._gate(measured, norm):
@@ -118,12 +122,19 @@ class LessonStep:
 
     # --- the recipe's steps ---
 
-    def _accumulate(self) -> Measure:
-        """Student forward and backward over every micro-batch, each token weighing the same. Measures the targets on the first call."""
+    def _batches_of(self, turn: int) -> list[MicroBatch]:
+        """The first gradient step takes the whole lesson, and measures it; with `minibatch`, later ones take a part of it in turn."""
+        if turn == 0 or not self._config.minibatch:
+            return self._batches
+        kinds = ([b for b in self._batches if b.source != "anchor"], [b for b in self._batches if b.source == "anchor"])
+        return [kind[turn % len(kind)] for kind in kinds if kind]
+
+    def _accumulate(self, batches: Sequence[MicroBatch]) -> Measure:
+        """Student forward and backward over the micro-batches, each token weighing the same. Measures targets that are not known yet."""
         self._optimizer.zero_grad(set_to_none=True)
-        weight = 1.0 / sum(batch.tokens for batch in self._batches)
+        weight = 1.0 / sum(batch.tokens for batch in batches)
         measures = []
-        for batch in self._batches:
+        for batch in batches:
             self._breathe()
             first = batch.targets is None
             contexts = self._contexts(batch) if first else {}
@@ -169,7 +180,7 @@ class LessonStep:
         teacher's, since there the token to be learnt may be nowhere near the student's top."""
         ids_N = batch.student.targets_N[rows]
         teacher_NV = self._policy.logits(contexts["teacher"][rows])
-        index_NK = top_k_support(student_NV if batch.samples[0].source == "sampled" else teacher_NV, self._config.teacher_top_k)
+        index_NK = top_k_support(student_NV if batch.source == "sampled" else teacher_NV, self._config.teacher_top_k)
         return Targets(
             index_NK=index_NK,
             teacher_logp_NS=bucket_logp(teacher_NV, index_NK),
@@ -257,14 +268,14 @@ def _micro_batches(samples: Sequence[Sample], config: TrainingConfig, device: to
             config.alpha if source == "sampled" else 0.0,
         )
         for source in ("sampled", "hindsight", "anchor")
-        for group in micro_batches([s for s in samples if s.source == source], MICRO_BATCH_TOKENS)
+        for group in micro_batches([s for s in samples if s.source == source], MICRO_BATCH_TOKENS, config.minibatch)
     ]
 
 
 def _old_logp(batch: MicroBatch, targets: Targets, rows: slice) -> Tensor | None:
     """What the importance ratio is taken against: the serving engine's logprobs for a reply of an earlier version, the start of the lesson
     for an on-policy one (so exactly 1 on the first step), nothing for replies that are not the student's."""
-    if batch.samples[0].source != "sampled":
+    if batch.source != "sampled":
         return None
     served_N = torch.tensor([logp for s in batch.samples for logp in s.served_logp], device=targets.start_logp_N.device)[rows]
     on_policy_N = torch.tensor([s.on_policy for s in batch.samples for _ in s.response], device=served_N.device)[rows]

@@ -177,6 +177,18 @@ def test_the_base_anchor_runs_a_forward_only_when_it_weighs_something(base: Load
     assert not close(without, gradients(trained))
 
 
+def test_minibatches_measure_the_whole_lesson_first_and_then_take_parts_in_turn(policy: Policy, folder: Path) -> None:
+    samples = [sample(n) for n in range(5)] + [sample(9, source="anchor", teacher_prompt=sample(9).student_prompt)]
+    config = CONFIG.model_copy(update={"gradient_steps": 3, "minibatch": 2})
+    result = learn(policy, folder, samples, config)
+    assert sorted(len(b.samples) for b in result.batches) == [1, 1, 2, 2]
+    assert result.before.divergence.numel() == result.after.divergence.numel() == 30  # type: ignore[union-attr]
+    whole = sum(b.student.ids_BL.numel() for b in result.batches)
+    teacher = 5 * 15 + 11
+    # Turns 1 and 2 take the second and third lesson group, of 2 and 1 samples, and the anchor each time.
+    assert result.forward_tokens == teacher + whole + (2 + 1 + 1 + 1) * 11 + whole
+
+
 # --- verdicts: whatever is not applied changes nothing, bit for bit ---
 
 
