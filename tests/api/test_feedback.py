@@ -119,7 +119,7 @@ async def test_a_busy_adapter(tmp_path: Path) -> None:
         response = await client.post(URL, json=about(completion_id))
         assert assert_error(response, 409, param="lora_id", says="still learning")["code"] == "adapter_busy"
         assert int(response.headers["retry-after"]) > 0
-        steps.release(1000)
+        steps.release_many(1000)
         assert (await first).status_code == 200
 
 
@@ -209,6 +209,6 @@ async def test_a_client_that_leaves_does_not_stop_its_lesson(world: World, live:
         await asyncio.wait_for(steps.blocked.wait(), 10)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
-        steps.release(1000)
+        steps.release_many(1000)
         await world.services.learner.aclose()
         assert [item.state for item in await world.services.feedback.list()] == ["applied"]

@@ -21,21 +21,21 @@ def echo(request: GenerationRequest) -> str:
     return f"[{speaker}] {request.messages[-1].content if request.messages else request.prompt}"
 
 
-class Steps:
+class Steps(asyncio.Semaphore):
     """Lets tokens be sampled one by one. `blocked` is set once a reply had to wait for a release."""
 
     def __init__(self, released: int = 0) -> None:
-        self._permits = asyncio.Semaphore(released)
+        super().__init__(released)
         self.blocked = asyncio.Event()
 
-    async def take(self) -> None:
-        if self._permits.locked():
+    async def acquire(self) -> Literal[True]:
+        if self.locked():
             self.blocked.set()
-        await self._permits.acquire()
+        return await super().acquire()
 
-    def release(self, tokens: int = 1) -> None:
+    def release_many(self, tokens: int) -> None:
         for _ in range(tokens):
-            self._permits.release()
+            self.release()
 
 
 class CharStream(TokenStream):
@@ -58,7 +58,7 @@ class CharStream(TokenStream):
         visible, token_ids, finish = script(self._request, self._backend.reply(self._request))
         for position, token_id in enumerate(token_ids):
             if self._backend.steps is not None:
-                await self._backend.steps.take()
+                await self._backend.steps.acquire()
             else:
                 await asyncio.sleep(0)
             if self._backend.broken_after is not None and position >= self._backend.broken_after:
@@ -86,7 +86,7 @@ class CharInference(InferenceBackend):
         self,
         reply: Callable[[GenerationRequest], str] = echo,
         *,
-        steps: Steps | None = None,
+        steps: asyncio.Semaphore | None = None,
         max_context: int = 4096,
         max_running: int = 64,
     ) -> None:
@@ -139,7 +139,8 @@ class CharInference(InferenceBackend):
     async def aclose(self) -> None:
         self.closed = True
         if self.steps is not None:
-            self.steps.release(len(self.running))
+            for _ in self.running:
+                self.steps.release()
 
 
 def prompt_ids(request: GenerationRequest) -> tuple[int, ...]:
