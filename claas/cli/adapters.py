@@ -10,7 +10,7 @@ import typer
 
 from claas.cli.options import DEFAULT_URL, ApiKey, AsJson, Url
 
-app = typer.Typer(name="adapters", no_args_is_help=True, rich_markup_mode=None, help="Adapters and their versions.")
+app = typer.Typer(name="adapters", no_args_is_help=True, rich_markup_mode="rich", help="Adapters and their versions.")
 
 LoraId = Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter's id.")]
 

@@ -19,7 +19,10 @@ def chat(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Chat, and teach: /feedback TEXT says what was wrong with the last reply. Ctrl-C stops a reply; /help lists the rest."""
+    """Chat with the service, and teach it.
+
+    /feedback TEXT says what was wrong with the last reply, and what was learnt shows at once. Ctrl-C stops a reply; /help lists the rest.
+    """
     from rich.console import Console
 
     from claas.cli.client import Client

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -15,6 +16,7 @@ from claas.core.errors import ClaasError
 
 Message = dict[str, str]
 CONNECT_TIMEOUT_S = 5.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PREFERRED_ADAPTER = "assistant"
 
 
@@ -45,16 +47,12 @@ class Client:
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        try:
-            host = httpx.URL(self.url).host
-            self._http = httpx.Client(
-                base_url=self.url,
-                headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-                timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
-                trust_env=host not in ("127.0.0.1", "localhost", "::1"),  # a proxy does not lead to this machine
-            )
-        except (httpx.InvalidURL, ValueError) as error:
-            raise Unreachable(f"{url!r} is no address of a service: write http://host:port") from error
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers={"authorization": f"Bearer {api_key}".encode()} if api_key else {},
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            trust_env=_host(self.url) not in LOOPBACK,  # a proxy does not lead to this machine
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -148,7 +146,8 @@ class Client:
     # --- HTTP ---
 
     def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
-        body: dict[str, Any] = self._send(method, path, **request).json()
+        with self._connected():
+            body: dict[str, Any] = self._send(method, path, **request).json()
         return body
 
     def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
@@ -168,10 +167,18 @@ class Client:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise Unreachable(f"no service answers at {self.url}: start one with 'claas serve', or name another with --url") from error
-        except httpx.UnsupportedProtocol as error:
-            raise Unreachable(f"{self.url!r} is no address of a service: write http://host:port") from error
         except (httpx.HTTPError, json.JSONDecodeError) as error:
             raise Unreachable(f"{self.url} did not answer as a CLaaS service does: {str(error) or type(error).__name__}") from error
+
+
+def _host(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts.hostname
+    except ValueError:  # a port or a bracket that makes no sense
+        pass
+    raise Unreachable(f"{url!r} is no address of a service: write http://host:port")
 
 
 def _body(model: str, messages: Sequence[Message], sampling: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,10 @@ def doctor(
     base_model: Annotated[str | None, typer.Option(help="As for serve.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check whether `claas serve` would work here, and say what to do where it would not. Exit code 1 if something fails."""
+    """Check whether the service would work here.
+
+    Says what to do where it would not. Exit code 1 if something fails.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -18,7 +18,10 @@ def feedback(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Teach one lesson: what was wrong with a reply. Exit code 1 if nothing was learnt."""
+    """Say what was wrong with a reply: one lesson.
+
+    Exit code 1 if nothing was learnt.
+    """
     from claas.cli.client import Client
     from claas.cli.report import Step
 

@@ -17,7 +17,10 @@ def serve(
     base_model: Annotated[str | None, typer.Option(help="Hub id or local folder.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
 ) -> None:
-    """Start the service. What is not said here comes from the CLAAS_... variables (docs/settings.md)."""
+    """Start the service.
+
+    What is not said here comes from the CLAAS_... variables, the file that CLAAS_CONFIG names, or the defaults: see docs/settings.md.
+    """
     import asyncio
     import logging
     from contextlib import closing

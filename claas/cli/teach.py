@@ -38,7 +38,11 @@ def teach(
     api_key: ApiKey = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Teach one lesson and show what it changed. Exit code 1 if nothing was learnt, or the probes show no more of --expect than before."""
+    """Teach one lesson and show what it changed.
+
+    Takes replies to the prompts, says the feedback on all of them at once, and shows greedy replies to the probes from before and after.
+    Exit code 1 if nothing was learnt, or the probes show no more of --expect than before.
+    """
     from contextlib import ExitStack
 
     from claas.cli import lesson, teach_view

@@ -1,0 +1,84 @@
+"""`claas doctor`."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from claas.cli.checks import check_address, check_folder, check_packages
+from claas.core.settings import Settings
+from tests.cli.conftest import KEY, Live, claas
+
+
+def examined(*options: str, **environment: str) -> dict[str, dict[str, str]]:
+    result = claas("doctor", *options, "--json", **environment)
+    report: dict[str, dict[str, str]] = json.loads(result.out)
+    assert result.code == int(any(part["status"] == "fail" for part in report.values()))
+    return report
+
+
+def test_all_is_well_here(tmp_path: Path) -> None:
+    report = examined("--data-dir", str(tmp_path / "new" / "folder"), "--port", "0")
+    assert {part["status"] for part in report.values()} <= {"ok", "warn"}
+    assert {"python", "settings", "extra 'local'", "data folder", "address"} <= set(report)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_table_says_the_same(tmp_path: Path) -> None:
+    out = claas("doctor", "--data-dir", str(tmp_path), "--port", "0").out
+    assert "python" in out
+    assert "GiB free" in out
+
+
+def test_a_wrong_setting_ends_the_examination(tmp_path: Path) -> None:
+    report = examined("--data-dir", str(tmp_path), CLAAS_MAX_BATCH="0")
+    assert report["settings"]["status"] == "fail"
+    assert "max_batch" in report["settings"]["detail"]
+    assert set(report) == {"python", "settings"}
+
+
+def test_a_missing_extra_is_named() -> None:
+    findings = {
+        finding.part: finding for finding in check_packages(Settings(distill_execution_mode="modal", database_url="postgresql://x/y"))
+    }
+    assert findings["extra 'modal'"].status == "fail"
+    assert "pip install 'claas[modal]'" in findings["extra 'modal'"].detail
+    assert findings["extra 'postgres'"].status == "ok"
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc").is_dir(), reason="needs a folder that even root cannot write")
+def test_a_folder_that_cannot_be_written() -> None:
+    finding = check_folder("data folder", Path("/proc/claas"))
+    assert finding.status == "fail"
+    assert "--data-dir" in finding.detail
+
+
+def _hang_up(other: socket.socket) -> None:
+    connection, _ = other.accept()
+    connection.close()
+
+
+def test_the_port_of_another_program_fails(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        other.settimeout(30)
+        port = other.getsockname()[1]
+        closing = threading.Thread(target=_hang_up, args=[other])
+        closing.start()
+        finding = check_address(Settings(data_dir=tmp_path, port=port))
+        closing.join()
+    assert finding.status == "fail"
+    assert "--port" in finding.detail
+
+
+def test_a_running_service_is_recognised(live: Live) -> None:
+    port = int(live.url.rsplit(":", 1)[1])
+    settings = Settings(data_dir=live.world.services.settings.data_dir, port=port, api_keys=(KEY,))
+    assert check_address(settings).status == "ok"
+    live.world.inference.unhealthy = "out of memory"
+    finding = check_address(settings)
+    assert (finding.status, "unhealthy" in finding.detail) == ("warn", True)

@@ -1,0 +1,50 @@
+"""`claas feedback`."""
+
+from __future__ import annotations
+
+import json
+
+from claas.cli.client import Client
+from tests.cli.conftest import KEY, Live
+from tests.doubles.services import ADAPTER
+
+
+def reply_id(live: Live) -> str:
+    with Client(live.url, KEY) as client:
+        return client.chat(ADAPTER, [{"role": "user", "content": "Hello"}]).id
+
+
+def test_a_lesson_and_its_figures(live: Live) -> None:
+    result = live.claas("feedback", reply_id(live), "Say my name.")
+    assert result.code == 0
+    headline, figures = result.out.splitlines()
+    assert headline == "learnt: version 0 → 1, loss 0.5 → 0.25"
+    assert figures.startswith("KL 0.125 nat/token, 1 steps on 1 tokens, ")
+    (lesson,) = live.world.engine.lessons
+    assert {sample.feedback for sample in lesson.samples} == {"Say my name."}
+
+
+def test_show_prints_a_new_reply(live: Live) -> None:
+    out = live.claas("feedback", reply_id(live), "Say my name.", "--show").out
+    assert f"> Hello\nbefore: [{ADAPTER}@0] Hello\nafter:  [{ADAPTER}@1] Hello\n" in out
+
+
+def test_json_is_the_services_own_answer(live: Live) -> None:
+    answer = json.loads(live.claas("feedback", reply_id(live), "Say my name.", "--json").out)
+    assert (answer["status"], answer["lora_id"], answer["version"]) == ("ok", ADAPTER, 1)
+    assert answer["distill_result"]["metadata"]["update"]["loss_before"] == 0.5
+
+
+def test_a_step_that_changed_nothing_is_exit_code_1_with_its_reason(live: Live) -> None:
+    live.world.engine.outcome = "undone"
+    result = live.claas("feedback", reply_id(live), "Say my name.")
+    assert result.code == 1
+    assert result.out.startswith("undone, version 0 serves on: the double was told to answer 'undone'\n")
+    assert "–" not in result.out.splitlines()[0]
+
+
+def test_an_unknown_reply(live: Live) -> None:
+    result = live.claas("feedback", "chatcmpl-nobody", "Say my name.")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("claas: ")
+    assert "chatcmpl-nobody" in result.err

@@ -1,0 +1,124 @@
+"""`claas serve`: what it says, what it refuses, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from claas.cli import server
+from claas.cli.client import Client
+from claas.core.errors import ConfigurationError
+from claas.core.settings import Settings
+from tests.cli.conftest import Live, claas
+from tests.doubles.services import ADAPTER, open_world
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_ends_within_seconds_though_a_stream_is_open(tmp_path: Path, how: signal.Signals) -> None:
+    command = [sys.executable, "-m", "tests.cli.serving", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        body = {"model": ADAPTER, "messages": [{"role": "user", "content": "Hello"}], "stream": True}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            start = time.monotonic()
+            process.send_signal(how)
+            try:
+                process.wait(20)
+            finally:
+                process.kill()
+            assert time.monotonic() - start < 15
+        assert process.returncode == 0
+        assert process.stdout.read() == "closed\n"
+
+
+def test_a_taken_port_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = claas("serve", "--port", port, "--data-dir", str(tmp_path))
+    assert (result.code, result.out) == (2, "")
+    assert result.err == f"claas: cannot listen on 127.0.0.1:{port} (Address already in use): choose another with --host or --port\n"
+
+
+def test_a_host_that_is_not_ours() -> None:
+    with pytest.raises(ConfigurationError, match=r"cannot listen on 192\.0\.2\.1:0"):
+        server.bind("192.0.2.1", 0)
+    with pytest.raises(ConfigurationError, match=r"cannot listen on nowhere\.invalid:0"):
+        server.bind("nowhere.invalid", 0)
+
+
+def test_an_open_host_needs_a_key(tmp_path: Path) -> None:
+    result = claas("serve", "--host", "0.0.0.0", "--data-dir", str(tmp_path))
+    assert result.code == 2
+    assert "CLAAS_API_KEYS" in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+def test_a_misspelt_setting_is_told(tmp_path: Path) -> None:
+    result = claas("serve", "--data-dir", str(tmp_path), CLAAS_PROT="1")
+    assert (result.code, result.err) == (2, "claas: CLAAS_PROT is not a setting: did you mean CLAAS_PORT?\n")
+
+
+def test_a_mode_that_does_not_exist_is_a_usage_error() -> None:
+    result = claas("serve", "--mode", "cloud")
+    assert result.code == 2
+    assert "cloud" in result.err
+
+
+def test_urls_can_be_opened_from_this_machine() -> None:
+    for host, expected in [("127.0.0.1", "http://127.0.0.1:"), ("0.0.0.0", "http://127.0.0.1:")]:
+        with server.bind(host, 0) as sock:
+            assert server.url_of(sock) == f"{expected}{sock.getsockname()[1]}"
+
+
+async def test_the_hint_speaks_of_what_is_served(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        hint = server.hint("http://127.0.0.1:9", world.services)
+    assert hint["model"] == "tiny/base"
+    assert hint["chat"] == "claas chat --url http://127.0.0.1:9"
+    assert "Bearer" not in hint["curl"]
+    async with open_world(tmp_path, api_keys=(SecretStr("secret"),)) as world:
+        hint = server.hint("http://127.0.0.1:9", world.services)
+    assert "Bearer $CLAAS_API_KEY" in hint["curl"]
+    assert "secret" not in "".join(hint.values())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="runs the line in a POSIX shell")
+def test_the_hinted_request_works_as_it_is(live: Live) -> None:
+    services = live.world.services
+    settings = services.settings.model_copy(update={"default_adapter": ADAPTER})
+    hint = server.hint(live.url, type(services)(**{name: getattr(services, name) for name in services.__slots__} | {"settings": settings}))
+    environment = os.environ | {"CLAAS_API_KEY": "a-key-for-tests"}
+    answer = subprocess.run(["sh", "-c", hint["curl"] + " -sS"], capture_output=True, text=True, timeout=30, env=environment, check=True)
+    assert f"[{ADAPTER}@0] Who are you?" in answer.stdout
+
+
+def test_what_opening_raises_reaches_the_caller(tmp_path: Path) -> None:
+    @asynccontextmanager
+    async def broken(settings: Settings):  # type: ignore[no-untyped-def]
+        raise ConfigurationError("the model is not there")
+        yield
+
+    with (
+        pytest.raises(ConfigurationError, match="the model is not there"),
+        server.in_background(Settings(data_dir=tmp_path, port=0), broken),
+    ):
+        raise AssertionError("it must not get here")
+
+
+def test_in_background_is_gone_afterwards(live: Live) -> None:
+    with Client(live.url, "a-key-for-tests") as client:
+        assert client.health()["status"] == "healthy"
