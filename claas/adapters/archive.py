@@ -131,7 +131,9 @@ def import_zip(archive: bytes, folder: Path, *, config: PretrainedConfig, base_m
             lora = _check_config(_read(opened, entries[CONFIG], _MAX_CONFIG_BYTES))
             most = 4 * lora.r * sum(map(sum, shapes.values())) + _MAX_HEADER_BYTES
             weights = _read(opened, entries[WEIGHTS], most)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+    except BadRequest:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError, ValueError) as error:  # zipfile raises all of these
         raise _refused("is not a zip file that can be read: make it without a password, with the usual compression") from error
     tensors = _check_tensors(weights, shapes, lora.r)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -158,11 +160,13 @@ def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
 
 
 def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> bytes:
-    """One file, never more than `most` bytes of it, whatever its entry claims."""
+    """One file, never more than `most` bytes of it, whatever its entry claims. The rarer compressions may ask for gigabytes to begin."""
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise _refused(f"holds {entry.filename[:200]!r} in an unusual compression: use the usual one, deflate")
     with archive.open(entry) as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise _refused(f"holds a {entry.filename!r} larger than any that fits the base model")
+        raise _refused(f"holds a {entry.filename[:200]!r} larger than any that fits the base model")
     return content
 
 
