@@ -11,8 +11,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal
 
-from claas.core.types import ChatMessage, FinishReason, Frozen, LoraRuntimeRef, SamplingParams, ServiceHealth
 from pydantic import JsonValue
+
+from claas.core.types import ChatMessage, FinishReason, Frozen, LoraRuntimeRef, SamplingParams, ServiceHealth
 
 
 class GenerationRequest(Frozen):

@@ -27,8 +27,8 @@ def load_base_model(settings: Settings, *, progress: bool = False) -> LoadedMode
     Raises:
         ConfigurationError: it cannot be found, read, or served; the message says what to set.
     """
-    device = _device(settings.device)
-    dtype = _dtype(settings.dtype, device)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
     source = settings.base_model_id
     path: str | Path = default_model(settings.cache_dir, progress=progress) if source is None else _local(source)
     trust = settings.trust_remote_code is not None
@@ -63,7 +63,8 @@ def _local(source: str) -> str | Path:
     return Path(source).resolve() if Path(source).is_dir() else source
 
 
-def _device(wanted: str) -> torch.device:
+def choose_device(wanted: str) -> torch.device:
+    """`auto`: the GPU where there is one. Raises ConfigurationError for a device that this machine does not have."""
     if wanted == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
@@ -74,7 +75,7 @@ def _device(wanted: str) -> torch.device:
     return torch.device(wanted, 0) if wanted == "cuda" else torch.device(wanted)
 
 
-def _dtype(wanted: str, device: torch.device) -> torch.dtype:
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 where the hardware computes in it; elsewhere it would be emulated, slower than float32."""
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bfloat16" else torch.float32

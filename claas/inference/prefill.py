@@ -1,0 +1,75 @@
+"""Reading prompts: short ones together, long ones in chunks, all in turn, so that nobody waits for another's long prompt to end."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from claas.inference.jobs import Board, Job
+from claas.inference.runner import ModelRunner
+
+
+class PrefillQueue:
+    """The prompts being read. Each gets one chunk a turn."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._queue: deque[_Prefill] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._queue)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All whose prompt is not read yet."""
+        return [job for prefill in self._queue for job in prefill.jobs]
+
+    def add(self, jobs: Sequence[Job], budget: int) -> None:
+        """Begin to read these prompts: in groups that fit one chunk of `budget` tokens, padding included, and long ones alone."""
+        group: list[Job] = []
+        for job in sorted(jobs, key=lambda j: len(j.prompt)):
+            if group and (len(group) + 1) * len(job.prompt) > budget:
+                self._queue.append(_Prefill(group, self._runner))
+                group = []
+            group.append(job)
+        if group:
+            self._queue.append(_Prefill(group, self._runner))
+
+    def advance(self, budget: int, board: Board) -> None:
+        """One chunk, of at most `budget` tokens, of the prompts whose turn it is. Those nobody wants any more are dropped."""
+        prefill = self._queue.popleft()
+        if prefill.wanted and not prefill.advance(budget, board):
+            self._queue.append(prefill)
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._queue.clear()
+
+
+class _Prefill:
+    """Some prompts on their way into a cache of their own, in step."""
+
+    def __init__(self, jobs: list[Job], runner: ModelRunner) -> None:
+        self.jobs = jobs
+        self._runner = runner
+        self._cache = runner.new_cache()
+        self._n_read = 0
+        self._longest = max(len(job.prompt) for job in jobs)
+
+    @property
+    def wanted(self) -> bool:
+        return any(not job.cancelled for job in self.jobs)
+
+    def advance(self, budget: int, board: Board) -> bool:
+        """Read the next chunk; whether it was the last."""
+        start, self._n_read = self._n_read, min(self._n_read + max(1, budget // len(self.jobs)), self._longest)
+        chunks = [job.prompt[start : self._n_read] for job in self.jobs]
+        hidden_BTD = self._runner.prefill(chunks, self._cache, [job.adapter for job in self.jobs])
+        for job, hidden_TD in zip(self.jobs, hidden_BTD, strict=True):
+            job.read(start, hidden_TD, self._runner)
+        if self._n_read < self._longest:
+            return False
+        for row, job in enumerate(self.jobs):
+            if not job.cancelled:
+                job.prefilled(board, self._cache, row)
+        return True
