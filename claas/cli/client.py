@@ -49,7 +49,7 @@ class Client:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._http = httpx.Client(
             base_url=self.url,
-            headers={"authorization": f"Bearer {api_key}".encode()} if api_key else {},
+            headers={b"authorization": f"Bearer {api_key}".encode()} if api_key else None,
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
             trust_env=_host(self.url) not in LOOPBACK,  # a proxy does not lead to this machine
         )

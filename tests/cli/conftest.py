@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from claas.cli.main import app
@@ -56,7 +57,7 @@ def running(folder: Path) -> Iterator[Live]:
             worlds.append(world)
             yield world.services
 
-    with in_background(Settings(data_dir=folder, port=0, api_keys=(KEY,)), open_services) as url:
+    with in_background(Settings(data_dir=folder, port=0, api_keys=(SecretStr(KEY),)), open_services) as url:
         yield Live(url, worlds[0])
 
 

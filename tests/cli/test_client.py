@@ -123,8 +123,7 @@ def test_an_interrupted_stream_frees_its_slot(live: Live) -> None:
     with Client(live.url, KEY) as client:
         with pytest.raises(KeyboardInterrupt):
             client.stream(ADAPTER, HELLO, stop)
-        running = lambda: client.health()["inference"]["detail"]["running"]  # noqa: E731
-        assert any(running() == 0 for _ in range(1000))
+        assert any(client.health()["inference"]["detail"]["running"] == 0 for _ in range(1000))
 
 
 def test_a_failed_step_is_told(live: Live) -> None:

@@ -7,11 +7,15 @@ import os
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from pydantic import SecretStr
 
-from claas.cli.checks import check_address, check_folder, check_packages
+from claas.cli.checks import check_address, check_device, check_folder, check_model, check_packages
 from claas.core.settings import Settings
+from claas.models.default_model import MANIFEST, SMOLLM2
 from tests.cli.conftest import KEY, Live, claas
 
 
@@ -40,6 +44,30 @@ def test_a_wrong_setting_ends_the_examination(tmp_path: Path) -> None:
     assert report["settings"]["status"] == "fail"
     assert "max_batch" in report["settings"]["detail"]
     assert set(report) == {"python", "settings"}
+
+
+def test_the_model_is_looked_for(tmp_path: Path) -> None:
+    def model(**settings: Any) -> tuple[str, str]:
+        finding = check_model(Settings(cache_dir=tmp_path, **settings))
+        return finding.status, finding.detail
+
+    assert model() == ("warn", "the first start fetches SmolLM2-135M-Instruct (89 MiB)")
+    (tmp_path / SMOLLM2.folder).mkdir()
+    (tmp_path / SMOLLM2.folder / MANIFEST).write_text('{"files": {}}')
+    assert model()[0] == "ok"
+    assert model(base_model_id="nobody/nothing")[0] == "warn"
+    assert model(base_model_id=str(tmp_path))[0] == "fail"
+    (tmp_path / "config.json").write_text("{}")
+    assert model(base_model_id=str(tmp_path))[0] == "ok"
+
+
+def test_the_device_is_told() -> None:
+    finding = check_device(Settings(device="cpu", dtype="float32"))
+    assert (finding.status, finding.detail) == ("ok", "cpu, float32")
+    if not torch.cuda.is_available():
+        finding = check_device(Settings(device="cuda"))
+        assert finding.status == "fail"
+        assert "CLAAS_DEVICE" in finding.detail
 
 
 def test_a_missing_extra_is_named() -> None:
@@ -77,7 +105,7 @@ def test_the_port_of_another_program_fails(tmp_path: Path) -> None:
 
 def test_a_running_service_is_recognised(live: Live) -> None:
     port = int(live.url.rsplit(":", 1)[1])
-    settings = Settings(data_dir=live.world.services.settings.data_dir, port=port, api_keys=(KEY,))
+    settings = Settings(data_dir=live.world.services.settings.data_dir, port=port, api_keys=(SecretStr(KEY),))
     assert check_address(settings).status == "ok"
     live.world.inference.unhealthy = "out of memory"
     finding = check_address(settings)
