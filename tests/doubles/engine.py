@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Callable
 from typing import Literal
 
 from claas.core.adapter_id import flat_name, vllm_name
@@ -37,6 +38,7 @@ class MemoryEngine(TrainingEngine):
         self.base_model = base_model
         self.outcome: StepOutcome = "applied"
         self.failure: Exception | None = None
+        self.before_distill: Callable[[], None] = lambda: None
         self.breakage: Exception | None = None
         self.unhealthy: str | None = None
         self.lessons: list[DistillBatchRequestPayload] = []
@@ -50,6 +52,7 @@ class MemoryEngine(TrainingEngine):
 
     async def distill(self, payload: DistillBatchRequestPayload) -> DistillResponse:
         parent = self._known(payload.lora_id)
+        self.before_distill()
         if self.failure is not None:
             raise self.failure
         self.lessons.append(payload)
