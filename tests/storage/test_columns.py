@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 from sqlalchemy.exc import StatementError
@@ -72,6 +72,7 @@ def _there_and_back(database: Database, **values: object) -> RolloutRow:
 
 @EXAMPLES
 @given(text=ANY_TEXT, prompt=ANY_TEXT)
+@example(text="\\u0041 \\\\ \\ud800", prompt="\ud800\x00\\")
 def test_any_text(shared: Database, text: str, prompt: str) -> None:
     row = _there_and_back(shared, text=text, prompt=prompt, messages=[{"content": text}])
     assert (row.text, row.prompt, row.messages) == (text, prompt, [{"content": text}])

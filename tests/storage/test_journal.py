@@ -92,10 +92,11 @@ async def test_a_version_recorded_again_replaces_its_record(journal: Journal, da
     assert await _versions(database) == [("me/a", 1, 0, ["fb-1"], 9)]
 
 
-async def test_a_taken_step_id_changes_nothing(journal: Journal, database: Database, log_dir: Path) -> None:
+@pytest.mark.parametrize("version", [None, _version(lora_id="me/b")])
+async def test_a_taken_step_id_changes_nothing(journal: Journal, database: Database, log_dir: Path, version: AdapterVersion | None) -> None:
     await journal.record(_step(), {"first": True}, version_record=_version())
     with pytest.raises(Conflict):
-        await journal.record(_step(lora_id="me/b", request_id="req-2"), {"second": True}, version_record=_version(lora_id="me/b"))
+        await journal.record(_step(lora_id="me/b", request_id="req-2"), {"second": True}, version_record=version)
     assert [step.lora_id for step in await journal.steps()] == ["me/a"]
     assert len(await _versions(database)) == 1
     assert _files(log_dir) == ["2026-05-04/req-1.json"]
