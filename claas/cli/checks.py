@@ -48,6 +48,7 @@ def check_all(**overrides: Any) -> Iterator[Finding]:
     yield Finding("settings", "ok", f"{settings.distill_execution_mode} mode")
     yield from check_packages(settings)
     yield check_folder("data folder", settings.data_dir)
+    yield check_folder("cache folder", settings.cache_dir)
     yield check_address(settings)
     if settings.distill_execution_mode == "local" and find_spec("torch") and find_spec("transformers"):
         yield check_model(settings)
@@ -77,7 +78,7 @@ def check_folder(part: str, folder: Path) -> Finding:
         with tempfile.NamedTemporaryFile(dir=there, prefix=".claas-doctor-"):
             pass
     except OSError as error:
-        return Finding(part, "fail", f"{folder} cannot be written ({error.strerror}): name another with --data-dir")
+        return Finding(part, "fail", f"{folder} cannot be written ({error.strerror}): name another, see docs/settings.md")
     free = shutil.disk_usage(there).free
     status: Status = "fail" if free < LEAST_FREE_BYTES else "warn" if free < ENOUGH_FREE_BYTES else "ok"
     return Finding(part, status, f"{folder}, {free / 2**30:.1f} GiB free" + ("" if status == "ok" else ": make room"))
@@ -123,10 +124,9 @@ def check_device(settings: Settings) -> Finding:
     except ConfigurationError as error:
         return Finding("device", "fail", error.message)
     dtype = str(choose_dtype(settings.dtype, device)).removeprefix("torch.")
-    slower = (
-        "" if dtype == "bfloat16" else ": this hardware does not compute in bfloat16, so it is slower" if settings.dtype == "auto" else ""
-    )
-    return Finding("device", "warn" if slower else "ok", f"{device.type}, {dtype}{slower}")
+    if settings.dtype == "auto" and dtype == "float32":
+        return Finding("device", "warn", f"{device.type}, float32: this hardware does not compute in bfloat16, which would be faster")
+    return Finding("device", "ok", f"{device.type}, {dtype}")
 
 
 def _who_answers(settings: Settings, address: str, taken: ConfigurationError) -> Finding:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from claas.cli.options import ApiKey, AsJson, DataDir, MaxTokens
+from claas.cli.options import ApiKey, AsJson, MaxTokens
 
 
 def _pattern(text: str) -> re.Pattern[str]:
@@ -36,13 +37,17 @@ def teach(
         str | None, typer.Option(envvar="CLAAS_URL", help="The service that learns. Default: one of its own, gone afterwards.")
     ] = None,
     api_key: ApiKey = None,
-    data_dir: DataDir = None,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="Where a service of its own keeps what it learnt. Default: nowhere.", file_okay=False)
+    ] = None,
 ) -> None:
     """Teach one lesson and show what it changed.
 
     Takes replies to the prompts, says the feedback on all of them at once, and shows greedy replies to the probes from before and after.
     Exit code 1 if nothing was learnt, or the probes show no more of --expect than before.
     """
+    if url is not None and data_dir is not None:
+        raise typer.BadParameter("--data-dir is for a service of its own, and --url names another: say one of them")
     from contextlib import ExitStack
 
     from claas.cli import lesson, teach_view

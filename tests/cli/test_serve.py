@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from claas.core.errors import ConfigurationError
 from claas.core.settings import Settings
 from claas.services import Services
 from tests.cli.conftest import KEY, Live, claas, running
+from tests.cli.curl import curl
 from tests.doubles.services import ADAPTER, open_world
 
 
@@ -95,14 +95,12 @@ async def test_the_hint_speaks_of_what_is_served(tmp_path: Path) -> None:
     assert "secret" not in "".join(hint.values())
 
 
-@pytest.mark.skipif(os.name != "posix", reason="runs the line in a POSIX shell")
-def test_the_hinted_request_works_as_it_is(live: Live) -> None:
-    services = live.world.services
-    settings = services.settings.model_copy(update={"default_adapter": ADAPTER})
-    hint = server.hint(live.url, type(services)(**{name: getattr(services, name) for name in services.__slots__} | {"settings": settings}))
-    environment = os.environ | {"CLAAS_API_KEY": KEY}
-    answer = subprocess.run(["sh", "-c", hint["curl"] + " -sS"], capture_output=True, text=True, timeout=30, env=environment, check=True)
-    assert f"[{ADAPTER}@0] Who are you?" in answer.stdout
+def test_the_hinted_request_works_as_it_is(live: Live, tmp_path: Path) -> None:
+    with Client(live.url, KEY) as client:
+        client.init(live.world.services.settings.default_adapter)
+    hint = server.hint(live.url, live.world.services)
+    answer = curl(hint["curl"].replace("$CLAAS_API_KEY", KEY), tmp_path)
+    assert answer.json()["choices"][0]["message"]["content"] == "[assistant@0] Who are you?"
 
 
 def test_what_opening_raises_reaches_the_caller(tmp_path: Path) -> None:
