@@ -113,6 +113,7 @@ class TrainingConfig(Frozen):
     minibatch: lesson samples, and anchors, that a gradient step takes after the first, which takes all; 0 means all, always.
     hindsight_rollouts: replies sampled with the feedback in view, for each reply the feedback is about.
     hindsight_max_tokens, hindsight_temperature: how those are sampled.
+    own_replies: teach the reply itself beside its hindsight rollouts; False teaches it only where no rollout of it was good.
     anchors: replies of the base model to unrelated prompts that the lesson must leave as they are.
     min_signal: mean loss in nats a token under which the lesson counts as known and is skipped.
     max_kl: realised mean KL(new‖old) in nats a token on the lesson's own tokens above which the step is undone.
@@ -130,6 +131,7 @@ class TrainingConfig(Frozen):
     hindsight_rollouts: int = Field(default=0, ge=0, le=32)
     hindsight_max_tokens: int = Field(default=256, ge=8, le=4096)
     hindsight_temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    own_replies: bool = True
     anchors: int = Field(default=0, ge=0, le=12)
     min_signal: float = Field(default=1e-4, ge=0.0)
     max_kl: float = Field(default=10.0, gt=0.0)
@@ -140,6 +142,7 @@ class DistillBatchItem(Frozen):
 
     `source` says whose sample y is: the student's own (`sampled`), the teacher's with the feedback in view (`hindsight`; its
     `response_logprobs` may be empty, since no importance ratio applies), or the base model's on an unrelated prompt (`anchor`).
+    A sample that is not `taught` has no loss: its logprob before and after the lesson is reported.
     """
 
     prompt: str
@@ -151,6 +154,7 @@ class DistillBatchItem(Frozen):
     messages: tuple[ChatMessage, ...] = Field(min_length=1)
     template_kwargs: dict[str, JsonValue] = {}
     source: SampleSource = "sampled"
+    taught: bool = True
     version: int | None = None
     completion_id: str | None = None
 

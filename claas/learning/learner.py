@@ -6,6 +6,7 @@ resolve → lock → distill → check → publish → activate → journal. Wha
 from __future__ import annotations
 
 import asyncio
+from itertools import chain
 
 from claas.core.types import DistillBatchRequestPayload, DistillResponse, LoraRuntimeRef
 from claas.inference.base import InferenceBackend
@@ -80,9 +81,11 @@ class Learner:
 
     async def _rehearse(self, payload: DistillBatchRequestPayload, turn: int) -> DistillBatchRequestPayload:
         """The lesson with its hindsight rollouts and the anchors it must leave alone."""
-        hindsight = await asyncio.gather(*(hindsight_rollouts(item, self._inference, payload.training) for item in payload.samples))
-        anchors = await self._anchors.take(payload.training.anchors, turn)
-        return payload.model_copy(update={"samples": [*payload.samples, *(item for items in hindsight for item in items), *anchors]})
+        training = payload.training
+        found = await asyncio.gather(*(hindsight_rollouts(item, self._inference, training) for item in payload.samples))
+        own = [item.model_copy(update={"taught": training.own_replies or not good}) for item, good in zip(payload.samples, found, strict=True)]
+        anchors = await self._anchors.take(training.anchors, turn)
+        return payload.model_copy(update={"samples": [*own, *chain.from_iterable(found), *anchors]})
 
     async def _check(self, step: DistillResponse, parent: LoraRuntimeRef) -> DistillResponse:
         """The step as it is if its version is fit to serve; otherwise undone, with the reason, and its version gone."""

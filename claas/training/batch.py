@@ -38,6 +38,7 @@ class Sample:
     served_logp: tuple[float, ...]
     on_policy: bool
     age: int
+    taught: bool = True
 
     @property
     def length(self) -> int:
@@ -81,6 +82,7 @@ def prepare(
         served_logp=item.response_logprobs,
         on_policy=not own or item.version is None or item.version == parent,
         age=parent - item.version if own and item.version is not None else 0,
+        taught=item.taught,
     )
     if sample.length > max_context:
         raise Unteachable(

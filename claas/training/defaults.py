@@ -18,6 +18,7 @@ def default_training(n_params: int) -> TrainingConfig:
         hindsight_rollouts=4,
         hindsight_max_tokens=24,
         hindsight_temperature=0.5,
+        own_replies=False,
         anchors=6,
     )
 

@@ -107,8 +107,8 @@ def _update(result: StepResult) -> Update:
     return Update(
         loss_before=float(result.before.divergence.mean()),
         loss_after=float(after.divergence.mean()) if after else None,
-        reply_logprob_before=float(result.before.logp.mean()),
-        reply_logprob_after=float(after.logp.mean()) if after else None,
+        reply_logprob_before=result.reply_logp[0],
+        reply_logprob_after=result.reply_logp[1],
         grad_norm=result.grad_norms,
         relative_change=result.relative_change,
         realised_kl=float(after.kl_to_start.mean()) if after else None,

@@ -49,11 +49,14 @@ class OffPolicy(Frozen):
 
 
 class Update(Frozen):
-    """What the optimizer did. `relative_change` is ‖ΔBA‖/‖BA‖ over all modules; None from a zero adapter."""
+    """What the optimizer did. `relative_change` is ‖ΔBA‖/‖BA‖ over all modules; None from a zero adapter.
+
+    `reply_logprob_*` is the mean logprob, in nats a token, of the replies that the feedback was about.
+    """
 
     loss_before: float
     loss_after: float | None
-    reply_logprob_before: float
+    reply_logprob_before: float | None
     reply_logprob_after: float | None
     grad_norm: tuple[float, ...]
     relative_change: float | None

@@ -71,13 +71,17 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What the lesson did. Figures are of all response tokens, in micro-batch order."""
+    """What the lesson did. Figures are of all taught response tokens, in micro-batch order.
+
+    `reply_logp` is the mean logprob of the user's own replies' tokens, taught or not, before and after; None without any, or without a rescore.
+    """
 
     outcome: StepOutcome
     reason: str | None
     batches: list[MicroBatch]
     before: Measure
     after: Measure | None
+    reply_logp: tuple[float | None, float | None]
     grad_norms: tuple[float, ...]
     relative_change: float | None
     forward_tokens: int
@@ -94,16 +98,21 @@ class LessonStep:
         self._optimizer = optimizer
         self._config = config
         self._breathe = breathe
-        self._batches = _micro_batches(samples, config, policy.device)
+        self._batches = _micro_batches([s for s in samples if s.taught], config, policy.device)
+        self._witnesses = _micro_batches([s for s in samples if not s.taught], config, policy.device)
         self._start = policy.snapshot()
         self._before: Measure | None = None
         self._after: Measure | None = None
+        self._witnessed: list[Tensor] = []
+        self._witnessed_after: list[Tensor] = []
         self._grad_norms: list[float] = []
         self._forward_tokens = 0
         self._seconds: dict[str, float] = {}
 
     def run(self) -> StepResult:
         """Learn. Unless the outcome is "applied", the policy's weights are what they were, bit for bit."""
+        with self._timed("rescore"):
+            self._witnessed = self._witness()
         for turn in range(self._config.gradient_steps):
             with self._timed("learn"):
                 measured = self._accumulate(self._batches_of(turn))
@@ -116,6 +125,7 @@ class LessonStep:
                 self._optimizer.step()
         with self._timed("rescore"):
             self._after = self._rescore()
+            self._witnessed_after = self._witness()
         if reason := self._harm():
             return self._finish("undone", reason)
         return self._finish("applied", None)
@@ -215,6 +225,25 @@ class LessonStep:
                 measures.append(self._loss(batch, rows, self._policy.logits(hidden_ND[rows]), _rows(batch.targets, rows))[1])
         return _join(measures)
 
+    @torch.no_grad()
+    def _witness(self) -> list[Tensor]:
+        """Logprobs of the tokens of replies that are not taught, as the policy is now."""
+        logps = []
+        for batch in self._witnesses:
+            self._breathe()
+            hidden_ND = self._policy.hidden(batch.student)
+            self._forward_tokens += batch.student.ids_BL.numel()
+            logps += [token_logp(self._policy.logits(hidden_ND[rows]), batch.student.targets_N[rows]) for rows in _chunks(batch.tokens)]
+        return logps
+
+    def _reply_logp(self, measure: Measure | None, witnessed: list[Tensor]) -> float | None:
+        """Mean logprob of the user's own replies' tokens in this pass."""
+        if measure is None:
+            return None
+        parts = measure.logp.split([batch.tokens for batch in self._batches])
+        logps = [*witnessed, *(logp for batch, logp in zip(self._batches, parts, strict=True) if batch.source == "sampled")]
+        return float(torch.cat(logps).mean()) if logps else None
+
     def _clip(self) -> float:
         return float(torch.nn.utils.clip_grad_norm_(self._policy.parameters.values(), self._config.max_grad_norm))
 
@@ -248,8 +277,18 @@ class LessonStep:
         change = self._policy.relative_change(self._start)
         if outcome != "applied":
             self._policy.restore(self._start)
-        norms = tuple(self._grad_norms)
-        return StepResult(outcome, reason, self._batches, self._before, self._after, norms, change, self._forward_tokens, self._seconds)
+        return StepResult(
+            outcome=outcome,
+            reason=reason,
+            batches=self._batches,
+            before=self._before,
+            after=self._after,
+            reply_logp=(self._reply_logp(self._before, self._witnessed), self._reply_logp(self._after, self._witnessed_after)),
+            grad_norms=tuple(self._grad_norms),
+            relative_change=change,
+            forward_tokens=self._forward_tokens,
+            seconds=self._seconds,
+        )
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

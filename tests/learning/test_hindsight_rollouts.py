@@ -54,7 +54,9 @@ def test_a_short_feedback_counts_as_quoted_only_whole() -> None:
     assert not quotes("anything", "")
 
 
-@pytest.mark.parametrize("text", ["The capital of France is Paris.", "one two three four five six seven eight nine ten eleven twelve thirteen"])
+@pytest.mark.parametrize(
+    "text", ["The capital of France is Paris.", "one two three four five six seven eight nine ten eleven twelve thirteen"]
+)
 def test_plain_sentences_are_not_degenerate(text: str) -> None:
     assert not is_degenerate(text)
 
@@ -72,7 +74,9 @@ def test_the_teacher_reads_the_feedback_in_the_last_user_turn() -> None:
 async def test_rollouts_come_from_the_base_that_knows_the_feedback_and_are_taught_to_the_student_that_does_not() -> None:
     answers = iter(["I am Kuro.", "I am Kuro.", "Call me Kuro!", FEEDBACK])
     inference = CharInference(lambda _: next(answers))
-    samples = await hindsight_rollouts(ITEM, inference, TrainingConfig(hindsight_rollouts=4, hindsight_max_tokens=99, hindsight_temperature=0.5))
+    samples = await hindsight_rollouts(
+        ITEM, inference, TrainingConfig(hindsight_rollouts=4, hindsight_max_tokens=99, hindsight_temperature=0.5)
+    )
     request = inference.requests[0]
     assert request.adapter is None and request.background
     assert request.messages == hindsight_messages(ITEM.messages, FEEDBACK)
@@ -118,4 +122,6 @@ async def test_a_collapse_is_found_and_not_blamed_on_a_version_whose_parent_had_
     assert await find_collapse(loops(set()), candidate, parent) is None
     assert "loop" in (await find_collapse(loops({1}), candidate, parent) or "")
     assert await find_collapse(loops({0, 1}), candidate, parent) is None
-    assert "empty" in (await find_collapse(CharInference(lambda r: "" if r.adapter and r.adapter.version else "ok"), candidate, parent) or "")
+    assert "empty" in (
+        await find_collapse(CharInference(lambda r: "" if r.adapter and r.adapter.version else "ok"), candidate, parent) or ""
+    )

@@ -52,6 +52,17 @@ async def test_the_engine_gets_the_reply_its_hindsight_rollouts_and_anchors(scho
     assert payload.feedback_ids == tuple(row.id for row in await school.feedback.by_request("lesson-1"))
 
 
+@pytest.mark.parametrize(("reply", "own_replies", "taught"), [("I am Kuro.", False, False), ("I am Kuro.", True, True), ("", False, True)])
+async def test_own_replies_are_taught_where_asked_or_where_no_rollout_is_good(
+    school: School, reply: str, own_replies: bool, taught: bool
+) -> None:
+    await school.rollout()
+    school.inference.reply = lambda _: reply
+    training = {"hindsight_rollouts": 2, "own_replies": own_replies}
+    await school.learner.learn(lesson(FeedbackItem(feedback="Be Kuro.", completion_id="chatcmpl-1", training=training)))
+    assert school.engine.lessons[0].samples[0].taught is taught
+
+
 @pytest.mark.parametrize("outcome", ["skipped", "undone"])
 async def test_a_step_that_was_not_applied_changes_nothing(school: School, outcome: str) -> None:
     await school.rollout()
@@ -213,7 +224,9 @@ async def crashed(school: School, *, published: bool, promoted: bool) -> str:
     school.engine.before_distill = lambda: None
     from claas.core.types import DistillBatchItem, DistillBatchRequestPayload, Feedback, TrainingConfig
 
-    await school.feedback.add([Feedback(id="fb-1", request_id="lesson-1", lora_id=LORA, completion_id="chatcmpl-1", feedback="x", state="training")])
+    await school.feedback.add(
+        [Feedback(id="fb-1", request_id="lesson-1", lora_id=LORA, completion_id="chatcmpl-1", feedback="x", state="training")]
+    )
     if published:
         sample = DistillBatchItem(
             prompt="p", response="r", feedback="x", response_logprobs=(-1.0,), prompt_token_ids=(1,), response_token_ids=(2,),

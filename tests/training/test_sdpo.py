@@ -151,7 +151,9 @@ def test_a_permuted_vocabulary_changes_nothing(seed: int, size: tuple[int, int],
 def test_rows_are_independent(seed: int, size: tuple[int, int], alpha: float) -> None:
     student, teacher, ids = random_logits(seed, size)
     whole = sdpo_loss(student, teacher, ids, alpha=alpha, top_k=4).loss_T
-    alone = torch.cat([sdpo_loss(student[t : t + 1], teacher[t : t + 1], ids[t : t + 1], alpha=alpha, top_k=4).loss_T for t in range(size[0])])
+    alone = torch.cat(
+        [sdpo_loss(student[t : t + 1], teacher[t : t + 1], ids[t : t + 1], alpha=alpha, top_k=4).loss_T for t in range(size[0])]
+    )
     assert torch.allclose(whole, alone, atol=1e-6)
 
 

@@ -39,7 +39,9 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-6, rtol=1e-4) for name in a)
 
 
-def after_one_accumulation(base: LoadedModel, folder: Path, samples: Sequence[Sample], config: TrainingConfig = CONFIG) -> dict[str, Tensor]:
+def after_one_accumulation(
+    base: LoadedModel, folder: Path, samples: Sequence[Sample], config: TrainingConfig = CONFIG
+) -> dict[str, Tensor]:
     """Gradients of one pass over the samples, before any clipping."""
     policy = Policy(base, folder)
     learn(policy, folder, samples, config.model_copy(update={"max_grad_norm": 1e9, "gradient_steps": 1, "min_signal": 0.0}))
@@ -60,7 +62,9 @@ def naive_gradients(base: LoadedModel, folder: Path, samples: Sequence[Sample], 
 
         with torch.no_grad(), model.disable_adapter():
             teacher_TV = logits(s.teacher_prompt)
-        (sdpo_loss(logits(s.student_prompt), teacher_TV, ids_T, alpha=config.alpha, top_k=config.teacher_top_k).loss_T.sum() / tokens).backward()
+        (
+            sdpo_loss(logits(s.student_prompt), teacher_TV, ids_T, alpha=config.alpha, top_k=config.teacher_top_k).loss_T.sum() / tokens
+        ).backward()
     return gradients(policy)
 
 
@@ -187,6 +191,19 @@ def test_minibatches_measure_the_whole_lesson_first_and_then_take_parts_in_turn(
     teacher = 5 * 15 + 11
     # Turns 1 and 2 take the second and third lesson group, of 2 and 1 samples, and the anchor each time.
     assert result.forward_tokens == teacher + whole + (2 + 1 + 1 + 1) * 11 + whole
+
+
+def test_a_reply_that_is_not_taught_is_only_watched(base: LoadedModel, folder: Path) -> None:
+    alone, watched = Policy(base, folder), Policy(base, folder)
+    taught, reply = sample(1, source="hindsight"), sample(2)
+    without = learn(alone, folder, [taught])
+    result = learn(watched, folder, [taught, sample(2, taught=False)])
+    assert same(alone.snapshot(), watched.snapshot())
+    assert without.reply_logp == (None, None)
+    before, after = result.reply_logp
+    assert before is not None and after is not None and before != after
+    taught_too = learn(Policy(base, folder), folder, [reply])
+    assert taught_too.reply_logp[0] == pytest.approx(before, abs=1e-5)
 
 
 # --- verdicts: whatever is not applied changes nothing, bit for bit ---
