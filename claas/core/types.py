@@ -117,6 +117,7 @@ class TrainingConfig(Frozen):
     anchors: replies of the base model to unrelated prompts that the lesson must leave as they are.
     min_signal: mean loss in nats a token under which the lesson counts as known and is skipped.
     max_kl: realised mean KL(new‖old) in nats a token on the lesson's own tokens above which the step is undone.
+    max_anchor_kl: mean KL(base‖new) in nats a token on the anchors above which the step is undone.
     """
 
     learning_rate: float = Field(default=3e-5, gt=0.0, le=1.0)
@@ -135,6 +136,7 @@ class TrainingConfig(Frozen):
     anchors: int = Field(default=0, ge=0, le=12)
     min_signal: float = Field(default=1e-4, ge=0.0)
     max_kl: float = Field(default=10.0, gt=0.0)
+    max_anchor_kl: float = Field(default=0.25, gt=0.0)
 
 
 class DistillBatchItem(Frozen):

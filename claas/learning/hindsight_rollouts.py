@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections import Counter
 
 from claas.core.types import ChatMessage, DistillBatchItem, SamplingParams, TrainingConfig
 from claas.inference.base import Generation, GenerationRequest, InferenceBackend
 from claas.rollouts.visible import visible_text
 from claas.training.hindsight import HINDSIGHT_BLOCK, hindsight_messages
 
-QUOTE_WORDS = 5
+QUOTE_WORDS = 4
 
 
 async def hindsight_rollouts(item: DistillBatchItem, inference: InferenceBackend, training: TrainingConfig) -> list[DistillBatchItem]:
@@ -27,11 +26,11 @@ async def hindsight_rollouts(item: DistillBatchItem, inference: InferenceBackend
         background=True,
     )
     replies = await asyncio.gather(*(inference.complete(request) for _ in range(training.hindsight_rollouts)))
-    good = {reply.text.strip(): reply for reply in replies if fault(reply, item.feedback) is None}
+    good = {reply.text.strip(): reply for reply in replies if fault(reply, item.prompt, item.feedback) is None}
     return [_sample(item, reply) for reply in good.values()]
 
 
-def fault(reply: Generation, feedback: str) -> str | None:
+def fault(reply: Generation, prompt: str, feedback: str) -> str | None:
     """Why a hindsight rollout must not be taught: its blemishes would be learnt too. None if it is good.
 
     One that was cut at its token limit is good: each token is held to the teacher's whole distribution, and no end is taught.
@@ -45,6 +44,8 @@ def fault(reply: Generation, feedback: str) -> str | None:
         return "quotes the feedback"
     if is_degenerate(text):
         return "repeats itself"
+    if drifts(text, prompt, feedback):
+        return "drifts into another script"
     return None
 
 
@@ -57,12 +58,15 @@ def quotes(text: str, source: str, words: int = QUOTE_WORDS) -> bool:
 
 
 def is_degenerate(text: str) -> bool:
-    """Whether the text is caught in a loop: one run of four words makes up a large part of it."""
+    """Whether the text is caught in a loop: of a dozen words or more, over a fifth of the three-word runs have been said before."""
     said = _words(text)
-    if len(said) < 12:
-        return False
-    (_, most), = Counter(zip(said, said[1:], said[2:], said[3:], strict=False)).most_common(1)
-    return most >= 3 and most * 4 > len(said) // 3
+    runs = list(zip(said, said[1:], said[2:], strict=False))
+    return len(said) >= 12 and len(set(runs)) < 0.8 * len(runs)
+
+
+def drifts(text: str, prompt: str, feedback: str) -> bool:
+    """Whether a reply to a plain ASCII conversation slid into another script or language."""
+    return (prompt + feedback).isascii() and any(letter.isalpha() and not letter.isascii() for letter in text)
 
 
 def _words(text: str) -> list[str]:

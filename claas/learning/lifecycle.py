@@ -67,7 +67,7 @@ class AdapterLifecycle:
         """A zip that PEFT and vLLM load."""
         return await self._engine.export_lora(parse_adapter_id(lora_id), version)
 
-    async def list(self, prefix: str = "") -> list[str]:
+    async def adapters(self, prefix: str = "") -> list[str]:
         """Ids of all adapters."""
         return (await self._engine.list_loras(prefix)).loras
 

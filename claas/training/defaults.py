@@ -19,7 +19,9 @@ def default_training(n_params: int) -> TrainingConfig:
         hindsight_max_tokens=24,
         hindsight_temperature=0.5,
         own_replies=False,
-        anchors=6,
+        anchors=8,
+        min_signal=0.02,
+        max_kl=3.0,
     )
 
 

@@ -67,7 +67,8 @@ class Policy:
 
     def save(self, folder: Path, optimizer: torch.optim.AdamW) -> None:
         """Write adapter and moments, float32, in safetensors."""
-        self._peft.save_pretrained(str(folder), safe_serialization=True)
+        # Embeddings are never trained here; left to find out for itself, PEFT would ask the hub.
+        self._peft.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
         moments = {
             f"{name}.{key}": value.detach().cpu().contiguous()

@@ -240,9 +240,13 @@ class LessonStep:
         """Mean logprob of the user's own replies' tokens in this pass."""
         if measure is None:
             return None
-        parts = measure.logp.split([batch.tokens for batch in self._batches])
-        logps = [*witnessed, *(logp for batch, logp in zip(self._batches, parts, strict=True) if batch.source == "sampled")]
+        logps = [*witnessed, *self._of_source(measure.logp, "sampled")]
         return float(torch.cat(logps).mean()) if logps else None
+
+    def _of_source(self, values: Tensor, source: SampleSource) -> list[Tensor]:
+        """The parts of a measure's column that are tokens of this source."""
+        parts = values.split([batch.tokens for batch in self._batches])
+        return [part for part, batch in zip(parts, self._batches, strict=True) if batch.source == source]
 
     def _clip(self) -> float:
         return float(torch.nn.utils.clip_grad_norm_(self._policy.parameters.values(), self._config.max_grad_norm))
@@ -269,6 +273,10 @@ class LessonStep:
             return f"the loss rose from {before:.4g} to {after:.4g}: try a smaller learning_rate"
         if moved > self._config.max_kl:
             return f"the policy moved by {moved:.3g} nats a token, over max_kl {self._config.max_kl:g}: try a smaller learning_rate"
+        anchors = self._of_source(self._after.divergence, "anchor")
+        strayed = float(torch.cat(anchors).mean()) if anchors else 0.0
+        if strayed > self._config.max_anchor_kl:
+            return f"replies to unrelated prompts moved by {strayed:.3g} nats a token, over max_anchor_kl {self._config.max_anchor_kl:g}"
         return None
 
     def _finish(self, outcome: StepOutcome, reason: str | None) -> StepResult:

@@ -41,11 +41,16 @@ def generation(text: str, finish: FinishReason = "stop") -> Generation:
         ("I always introduce yourself as Kuro.", "quotes"),
         ("Sure. Your name is Kuro, always!", "quotes"),
         ("I am Kuro and " * 12, "repeats"),
+        ("Olá, eu sou Kuro.", "drifts"),
     ],
 )
 def test_faults(text: str, says: str | None) -> None:
-    found = fault(generation(text), FEEDBACK)
+    found = fault(generation(text), ITEM.prompt, FEEDBACK)
     assert found is None if says is None else found is not None and says in found
+
+
+def test_another_script_is_no_drift_where_the_conversation_has_it() -> None:
+    assert fault(generation("Olá, eu sou Kuro."), "Quem é você?", FEEDBACK) is None
 
 
 def test_a_short_feedback_counts_as_quoted_only_whole() -> None:

@@ -195,7 +195,7 @@ async def test_deleting_an_adapter_removes_all_that_was_kept_of_it(school: Schoo
     await school.rollout()
     result = await school.learner.learn(lesson())
     await school.lifecycle.delete(LORA)
-    assert await school.lifecycle.list() == []
+    assert await school.lifecycle.adapters() == []
     assert await school.feedback.list() == [] and await school.journal.steps() == []
     assert not (school.log_dir / result.log_path).exists()
     with pytest.raises(NotFound):

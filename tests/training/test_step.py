@@ -215,11 +215,13 @@ def test_a_reply_that_is_not_taught_is_only_watched(base: LoadedModel, folder: P
         ({"min_signal": 100.0}, "skipped", "already known"),
         ({"max_kl": 1e-9}, "undone", "over max_kl"),
         ({"learning_rate": 1.0, "alpha": 0.0}, "undone", "loss rose"),
+        ({"max_anchor_kl": 1e-9}, "undone", "unrelated prompts"),
     ],
 )
 def test_a_lesson_that_must_not_stand(policy: Policy, folder: Path, changes: dict[str, Any], outcome: str, says: str) -> None:
     before = policy.snapshot()
-    result = learn(policy, folder, [sample(1)], CONFIG.model_copy(update=changes))
+    anchor = sample(9, response=1, source="anchor", teacher_prompt=sample(9).student_prompt)
+    result = learn(policy, folder, [sample(1), anchor], CONFIG.model_copy(update=changes))
     assert result.outcome == outcome
     assert result.reason is not None and says in result.reason
     assert same(before, policy.snapshot())

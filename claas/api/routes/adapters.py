@@ -44,7 +44,7 @@ async def init_adapter(body: InitRequest, services: ServicesDep) -> AdapterRef:
 @router.get("/v1/lora", summary="List adapters")
 async def list_adapters(query: Annotated[ListQuery, Query()], services: ServicesDep) -> AdapterList:
     """Ids that begin with `prefix`, sorted."""
-    return AdapterList(loras=await services.lifecycle.list(query.prefix))
+    return AdapterList(loras=await services.lifecycle.adapters(query.prefix))
 
 
 @router.delete("/v1/lora", summary="Delete an adapter")

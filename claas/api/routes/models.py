@@ -13,7 +13,7 @@ router = APIRouter(tags=["serving"])
 @router.get("/v1/models", summary="The base model and every adapter")
 async def list_models(request: Request, services: ServicesDep) -> ModelList:
     """Each id is usable as `model`. An adapter's means its latest version; `id@3` pins one."""
-    names = [services.base_model_id, *await services.lifecycle.list()]
+    names = [services.base_model_id, *await services.lifecycle.adapters()]
     return ModelList(data=[ModelCard(id=name, created=request.app.state.started) for name in names])
 
 
