@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from claas.cli.client import Client, Reply
@@ -48,6 +48,10 @@ class Lesson:
     temperature: float = 0.7
     seed: int | None = None
 
+    def matches(self, text: str) -> bool:
+        """Whether a reply shows what is expected; nothing does where nothing is."""
+        return self.expect is not None and self.expect.search(text) is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -60,12 +64,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One feedback request: the replies it was about, those that could not be used, and what came of it."""
+    """One feedback request: the replies it was about, those that could not be used, what came of it, and how many probes match since."""
 
     replies: tuple[tuple[str, Reply], ...]
     cut_off: tuple[str, ...]
     step: Step
     answer: dict[str, Any]
+    matched: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +83,13 @@ class Result:
     rounds: tuple[Round, ...]
     seconds: float
 
-    def matches(self, text: str) -> bool:
-        return self.lesson.expect is not None and self.lesson.expect.search(text) is not None
-
     @property
     def matched_before(self) -> int:
-        return sum(self.matches(probe.before) for probe in self.probes)
+        return sum(self.lesson.matches(probe.before) for probe in self.probes)
 
     @property
     def matched_after(self) -> int:
-        return sum(self.matches(probe.after) for probe in self.probes)
+        return sum(self.lesson.matches(probe.after) for probe in self.probes)
 
     @property
     def learnt(self) -> bool:
@@ -104,7 +106,7 @@ class Result:
             "expect": self.lesson.expect.pattern if self.lesson.expect else None,
             "matched_before": self.matched_before,
             "matched_after": self.matched_after,
-            "probes": [_answer_json(probe) | {"matches": self.matches(probe.after)} for probe in self.probes],
+            "probes": [_answer_json(probe) | {"matches": self.lesson.matches(probe.after)} for probe in self.probes],
             "unrelated": [_answer_json(answer) for answer in self.unrelated],
             "rounds": [_round_json(one) for one in self.rounds],
             "seconds": round(self.seconds, 3),
@@ -122,11 +124,12 @@ def teach(client: Client, lesson: Lesson, observe: Observe) -> Result:
     before = _greedy(client, lesson, questions, observe, "Asking the probes")
     after, rounds = before, list[Round]()
     for number in range(lesson.rounds):
-        rounds.append(_round(client, lesson, number, observe))
-        if not rounds[-1].step.applied:
-            break
-        after = _greedy(client, lesson, questions, observe, "Asking the probes again")
-        if lesson.expect and all(lesson.expect.search(text) for text in after[: len(lesson.probes)]):
+        one = _round(client, lesson, number, observe)
+        if one.step.applied:
+            after = _greedy(client, lesson, questions, observe, "Asking the probes again")
+        matched = sum(map(lesson.matches, after[: len(lesson.probes)]))
+        rounds.append(replace(one, matched=matched))
+        if matched == len(lesson.probes) or not one.step.applied:
             break
     answers = tuple(Answer(*columns) for columns in zip(questions, before, after, strict=True))
     n_probes = len(lesson.probes)
@@ -185,4 +188,4 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
 
 def _round_json(one: Round) -> dict[str, Any]:
     replies = [{"prompt": prompt, "completion_id": reply.id, "text": reply.text} for prompt, reply in one.replies]
-    return {"replies": replies, "cut_off": list(one.cut_off), "result": one.answer}
+    return {"replies": replies, "cut_off": list(one.cut_off), "matched": one.matched, "result": one.answer}

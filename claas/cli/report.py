@@ -52,7 +52,7 @@ class Step:
 
     def figures(self) -> str:
         """What it took, in one line."""
-        phases = " + ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items() if name != "total")
+        phases = " + ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items() if name != "total" and seconds >= 0.05)
         return (
             f"KL {figure(self.realised_kl)} nat/token, {self.optimizer_steps} steps on {self.response_tokens} tokens, "
             f"{self.seconds['total']:.1f} s" + (f" ({phases})" if phases else "")

@@ -22,7 +22,6 @@ def serve(
     What is not said here comes from the CLAAS_... variables, the file that CLAAS_CONFIG names, or the defaults: see docs/settings.md.
     """
     import asyncio
-    import logging
     from contextlib import closing
     from functools import partial
 
@@ -31,7 +30,7 @@ def serve(
     from claas.services import Services
     from claas.wiring import open_services
 
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    server.quieten(verbose=verbose)
     settings = load_settings(host=host, port=port, data_dir=data_dir, distill_execution_mode=mode, base_model_id=base_model)
     with closing(server.bind(settings.host, settings.port)) as sock:
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
@@ -86,6 +88,13 @@ async def run(
         server = Server(config, lambda: on_ready(server, services))
         with _stop_on_signals(server) if signals else nullcontext():
             await server.serve(sockets=[sock])
+
+
+def quieten(*, verbose: bool) -> None:
+    """Log what matters to standard error; of the libraries' own warnings nothing."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if not verbose:
+        warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|huggingface_hub)\b")
 
 
 @contextmanager

@@ -15,8 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from claas.cli.client import Client
-from claas.cli.lesson import Answer, Observe, Result
+from claas.cli.lesson import Observe, Result
 from claas.core.settings import load_settings
+
+SHOWN_CHARS = 240  # of a reply; --json has all of it
 
 
 @contextmanager
@@ -26,9 +28,10 @@ def service(url: str | None, api_key: str | None, data_dir: Path | None, model: 
         with Client(url, api_key) as client:
             yield client
         return
-    from claas.cli.server import in_background
+    from claas.cli.server import in_background, quieten
     from claas.wiring import open_services
 
+    quieten(verbose=False)
     with nullcontext(data_dir) if data_dir else tempfile.TemporaryDirectory(prefix="claas-", ignore_cleanup_errors=True) as folder:
         home, key = Path(folder), secrets.token_urlsafe()
         settings = load_settings(
@@ -62,34 +65,33 @@ def progress() -> Iterator[Observe]:
         yield observe
 
 
-def show(result: Result, console: Console | None = None) -> None:
+def show(result: Result) -> None:
     """The probes before and after, side by side, and the learning figures."""
-    console = console or Console(highlight=False)
-    lesson = result.lesson
-    table = Table("probe (never taught on)", "before", "after", title=Text(f"“{lesson.feedback}”"), show_lines=True, expand=True)
+    console = Console(highlight=False)
+    lesson, total = result.lesson, len(result.probes)
+    table = Table("never taught on", "before", "after", title=Text(f"“{lesson.feedback}”"), show_lines=True, expand=True)
     for answer in result.probes:
-        table.add_row(*_row(answer, result))
-    if result.unrelated:
-        table.add_section()
-        for answer in result.unrelated:
-            table.add_row(Text(f"{answer.question} (unrelated)"), Text(answer.before), Text(answer.after))
+        table.add_row(Text(answer.question), *(_reply(text, lesson.matches(text)) for text in (answer.before, answer.after)))
+    for answer in result.unrelated:
+        table.add_row(Text(f"{answer.question} (unrelated)", style="dim"), _reply(answer.before), _reply(answer.after))
     console.print(table)
     for number, one in enumerate(result.rounds, start=1):
-        console.print(Text(f"round {number}: {one.step.headline()}", style="green" if one.step.applied else "yellow"))
-        console.print(Text(f"         {one.step.figures()}", style="dim"))
+        _line(console, f"round {number}: {one.step.headline()}", "green" if one.step.applied else "yellow")
+        _line(console, f"  {one.step.figures()}", "dim")
+        if lesson.expect is not None:
+            _line(console, f"  {one.matched} of {total} probes match", "dim")
         for prompt in one.cut_off:
-            console.print(Text(f"         not taught on, its reply did not end by itself: {prompt}", style="yellow"))
+            _line(console, f"  not taught on, its reply did not end by itself: {prompt}", "yellow")
     if lesson.expect is not None:
-        total = len(result.probes)
-        console.print(
-            Text(f"{lesson.expect.pattern!r}: {result.matched_before} of {total} probes before, {result.matched_after} of {total} after"),
-            style="bold green" if result.learnt else "bold red",
-        )
-    console.print(Text(f"{result.seconds:.0f} s in all", style="dim"))
+        counts = f"{result.matched_before} of {total} probes before, {result.matched_after} of {total} after"
+        _line(console, f"{lesson.expect.pattern!r}: {counts}", "bold green" if result.learnt else "bold red")
+    _line(console, f"{result.seconds:.0f} s in all", "dim")
 
 
-def _row(answer: Answer, result: Result) -> tuple[Text, Text, Text]:
-    def reply(text: str) -> Text:
-        return Text(text, style="green" if result.matches(text) else "")
+def _reply(text: str, matches: bool = False) -> Text:
+    short = text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS].rstrip() + " …"
+    return Text(short, style="green" if matches else "")
 
-    return Text(answer.question), reply(answer.before), reply(answer.after)
+
+def _line(console: Console, text: str, style: str) -> None:
+    console.print(Text(text, style=style), soft_wrap=True)
