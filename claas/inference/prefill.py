@@ -37,8 +37,10 @@ class PrefillQueue:
 
     def advance(self, budget: int, board: Board) -> None:
         """One chunk, of at most `budget` tokens, of the prompts whose turn it is. Those nobody wants any more are dropped."""
-        prefill = self._queue.popleft()
-        if prefill.wanted and not prefill.advance(budget, board):
+        prefill = self._queue[0]
+        unfinished = prefill.wanted and not prefill.advance(budget, board)
+        self._queue.popleft()  # only now: what breaks while it is read must still be found here
+        if unfinished:
             self._queue.append(prefill)
 
     def clear(self) -> None:

@@ -111,7 +111,7 @@ class Scheduler:
                 with self._share.serving():
                     while self._has_work() and not self._closing:
                         self._share.apply()
-                        self._safe_step()
+                        self._step()
         for job in (*self._running, *self._prefills.jobs, *self._waiting):
             self.send(job, job.aborted())
         self._post.flush()
@@ -125,29 +125,35 @@ class Scheduler:
     def _has_work(self) -> bool:
         return bool(self._running or self._prefills or self._waiting)
 
-    def _safe_step(self) -> None:
-        """A step that breaks fails what was in it, and serving goes on with what waits."""
+    def _step(self) -> None:
+        """Take in and let go, read some prompt, sample one token for every running reply, hand out what there is."""
+        self._drop_cancelled()
+        self._admit()
         try:
-            self._step()
+            if self._prefills:
+                self._prefills.advance(self._chunk(), self)
         except Exception:
-            log.exception("a serving step broke: its replies are lost, serving goes on")
-            lost = BackendUnavailable("sampling broke while this reply was in work: send the request again")
-            for job in (*self._running, *self._prefills.jobs, *(begun.reply for begun in self._begun)):
-                self.send(job, lost)
-            self._running, self._begun = [], []
+            # What is being read has caches of its own: running replies go on.
+            log.exception("reading prompts broke: serving goes on without them")
+            self._lose([*self._prefills.jobs, *(begun.reply for begun in self._begun)], "reading prompts")
             self._prefills.clear()
+            self._begun = []
+        try:
+            if self._begun:
+                self._start_begun()
+            if self._running:
+                self._decode()
+        except Exception:
+            log.exception("sampling broke: serving goes on without the replies in work")
+            self._lose([*self._running, *(begun.reply for begun in self._begun)], "sampling")
+            self._running, self._begun = [], []
             self._runner.slots.clear()
         self._n_taken = len(self._running) + len(self._prefills.jobs)
         self._post.flush()
 
-    def _step(self) -> None:
-        self._drop_cancelled()
-        self._admit()
-        if self._prefills:
-            self._prefills.advance(self._chunk(), self)
-            self._start_begun()
-        if self._running:
-            self._decode()
+    def _lose(self, jobs: list[Job], doing: str) -> None:
+        for job in jobs:
+            self.send(job, BackendUnavailable(f"{doing} broke while this request was in work: send it again"))
 
     def _drop_cancelled(self) -> None:
         if any(job.cancelled for job in self._waiting):
@@ -175,16 +181,14 @@ class Scheduler:
 
     def _start_begun(self) -> None:
         """Sample the first token of every reply whose prompt was just read, and give those that go on a slot."""
-        if not self._begun:
-            return
-        begun, self._begun = self._begun, []
-        logits_BV = self._runner.logits(torch.stack([b.prompt_end_D for b in begun]))
-        for b, token in zip(begun, sample(logits_BV, [b.reply.sampler for b in begun]), strict=True):
+        logits_BV = self._runner.logits(torch.stack([b.prompt_end_D for b in self._begun]))
+        for b, token in zip(self._begun, sample(logits_BV, [b.reply.sampler for b in self._begun]), strict=True):
             chunk = b.reply.take(token)
             self.send(b.reply, chunk)
             if chunk.finish_reason is None:
                 self._runner.slots.append(b.cache, b.row, len(b.reply.prompt))
                 self._running.append(b.reply)
+        self._begun = []
         self._post.flush()
 
     def _decode(self) -> None:
