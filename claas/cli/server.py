@@ -26,19 +26,35 @@ from claas.core.settings import Settings
 from claas.services import Services
 
 OpenServices = Callable[[Settings], AbstractAsyncContextManager[Services]]
-GRACE_S = 5  # what open replies get to end by themselves
+GRACE_S = 3  # what open replies get to end by themselves
+LAST_RESORT_S = 15  # then requests are cancelled
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which says when it listens and leaves signals to us: its own way would cancel the closing of the services."""
+    """uvicorn's server, which says when it listens, and ends what is open by closing the backends rather than by cancelling requests.
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    Signals are ours: uvicorn raises them again after its end, which would cancel the closing of the services.
+    """
+
+    def __init__(self, config: uvicorn.Config, services: Services, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
+        self._services = services
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        closing = asyncio.create_task(self._end_what_is_open())
+        await super().shutdown(sockets)
+        closing.cancel()
+
+    async def _end_what_is_open(self) -> None:
+        """Replies end with "abort" and lessons with 503, so that every client gets a whole answer."""
+        await asyncio.sleep(GRACE_S)
+        await self._services.inference.aclose()
+        await self._services.engine.aclose()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -82,10 +98,10 @@ async def run(
             log_config=None,
             access_log=verbose,
             lifespan="on",
-            timeout_graceful_shutdown=GRACE_S,
+            timeout_graceful_shutdown=LAST_RESORT_S,
             server_header=False,
         )
-        server = Server(config, lambda: on_ready(server, services))
+        server = Server(config, services, lambda: on_ready(server, services))
         with _stop_on_signals(server) if signals else nullcontext():
             await server.serve(sockets=[sock])
 

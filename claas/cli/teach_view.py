@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -44,7 +45,7 @@ def service(url: str | None, api_key: str | None, data_dir: Path | None, model: 
             database_url=f"sqlite:///{home / 'claas.db'}",
             default_adapter=model,
         )
-        with in_background(settings, partial(open_services, progress=True)) as own, Client(own, key) as client:
+        with in_background(settings, partial(open_services, progress=sys.stderr.isatty())) as own, Client(own, key) as client:
             yield client
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -38,12 +39,17 @@ def test_ends_within_seconds_though_a_stream_is_open(tmp_path: Path, how: signal
             start = time.monotonic()
             process.send_signal(how)
             try:
+                rest = [line for line in lines if line]
                 process.wait(20)
             finally:
                 process.kill()
             assert time.monotonic() - start < 15
+        assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "abort"
+        assert rest[-1] == "data: [DONE]"
         assert process.returncode == 0
         assert process.stdout.read() == "closed\n"
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
 
 
 def test_a_taken_port_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
