@@ -87,7 +87,9 @@ def test_twenty_kills_in_mid_lesson(tmp_path: Path, tiny_model_dir: Path) -> Non
             check_versions(data / "adapters" / "assistant", listed)
             check_nothing_hangs(service, listed, feedback)
 
-            reply = service.chat(f"Question {kill}?", max_tokens=8, temperature=0.0)
+            # An untrained model never ends its reply by itself; a stop string does, and such a reply can be learnt from.
+            reply = service.chat(f"Question {kill}?", max_tokens=200, stop=["a", "e", "o", "t"], seed=kill)
+            assert reply["choices"][0]["finish_reason"] == "stop"
             rollouts[reply["id"]] = reply["choices"][0]["message"]["content"]
             if kill == 0:  # one lesson in peace tells how long one takes
                 began = time.monotonic()
