@@ -102,7 +102,7 @@ async def teach_until(url: str, completion_ids: list[str], done: asyncio.Event) 
         while not done.is_set():
             began = time.perf_counter()
             # Every lesson goes its whole way, known or not: the load is what is measured here.
-            items = [{"completion_id": id, "feedback": FEEDBACK, "training": {"min_signal": 0.0}} for id in completion_ids]
+            items = [{"completion_id": reply_id, "feedback": FEEDBACK, "training": {"min_signal": 0.0}} for reply_id in completion_ids]
             answer = (await client.post("/v1/feedback", json={"requests": items})).json()
             lessons.append({"seconds": time.perf_counter() - began, "status": answer.get("status"), "timing_ms": answer.get("timing_ms")})
     return lessons
@@ -148,7 +148,8 @@ async def measure(service: Service, n: int, concurrency: int, max_tokens: int) -
         "with_training": training,
         "lessons": lessons,
         "throughput_ratio": training["tokens_per_s"] / peace["tokens_per_s"],
-        "longest_wait_over_shortest_lesson": max(training["first_token_s"]["max"], training["gap_s"]["max"]) / min(x["seconds"] for x in lessons),
+        "longest_wait_over_shortest_lesson": max(training["first_token_s"]["max"], training["gap_s"]["max"])
+        / min(x["seconds"] for x in lessons),
     }
 
 

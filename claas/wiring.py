@@ -37,7 +37,9 @@ async def open_services(settings: Settings, *, progress: bool = False) -> AsyncI
         ConfigurationError: a wrong setting, a missing extra, or a data folder that another service uses.
     """
     if settings.distill_execution_mode != "local":
-        raise ConfigurationError(f"distill_execution_mode {settings.distill_execution_mode!r} is not available in this version: use 'local'")
+        raise ConfigurationError(
+            f"distill_execution_mode {settings.distill_execution_mode!r} is not available in this version: use 'local'"
+        )
     # Heavy imports stay in here, so that the error can name what to install.
     try:
         from claas.adapters.filesystem import FilesystemAdapterStore
@@ -105,4 +107,3 @@ def _only_service(settings: Settings) -> Iterator[None]:
             yield
     except Timeout:
         raise ConfigurationError("another service uses this data folder: stop it, or give this one a data_dir of its own") from None
-

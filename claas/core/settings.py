@@ -42,9 +42,13 @@ class Settings(BaseSettings):
     distill_execution_mode: EngineKind = Field("local", description="Training backend: local, tinker or modal.")
     base_model_id: str | None = Field(None, description="Hub id or local folder. Unset: the embedded default, SmolLM2-135M-Instruct.")
     trust_remote_code: str | None = Field(None, description="Name the base model here again to run code that its repository ships.")
-    allowed_init_base_models: tuple[str, ...] = Field((), description="Base models /v1/lora/init may name, as a JSON list. Empty: the served one.")
+    allowed_init_base_models: tuple[str, ...] = Field(
+        (), description="Base models /v1/lora/init may name, as a JSON list. Empty: the served one."
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where the model runs.")
-    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto: bfloat16 where the device computes in it, else float32.")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="auto: bfloat16 where the device computes in it, else float32."
+    )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention kernel of the trainer.")
 
     # Embedded inference
@@ -92,7 +96,7 @@ class Settings(BaseSettings):
         if self.host not in LOOPBACK_HOSTS and not self.api_keys:
             raise ValueError(
                 f"host {self.host!r} can be reached from other machines, so a key is needed: "
-                'set CLAAS_API_KEYS=\'["a-long-random-key"]\', or keep host 127.0.0.1'
+                "set CLAAS_API_KEYS='[\"a-long-random-key\"]', or keep host 127.0.0.1"
             )
         if any(not key.get_secret_value().strip() for key in self.api_keys):
             raise ValueError("CLAAS_API_KEYS holds an empty key")
@@ -142,4 +146,6 @@ def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     for name in environment:
         if name.startswith("CLAAS_") and name.upper() not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            raise ConfigurationError(f"{name} is not a setting" + (f": did you mean {close[0]}?" if close else "; docs/settings.md lists them"))
+            raise ConfigurationError(
+                f"{name} is not a setting" + (f": did you mean {close[0]}?" if close else "; docs/settings.md lists them")
+            )

@@ -41,6 +41,11 @@ class KVSlots(Cache):  # type: ignore[misc]
         """Tokens held by each row."""
         return tuple(self._lengths)
 
+    @property
+    def n_elements(self) -> int:
+        """Elements allocated for keys and values."""
+        return sum(tensor.numel() for tensor in (*self._keys, *self._values))
+
     def append(self, prefilled: DynamicCache, row: int, n_tokens: int) -> None:
         """Take row `row` of a prefill's cache, its first `n_tokens` tokens, as a new row behind the others."""
         if not self._keys:

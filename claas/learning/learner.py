@@ -27,7 +27,13 @@ class Learner:
     """Teaches adapters, one lesson at a time each."""
 
     def __init__(
-        self, engine: TrainingEngine, inference: InferenceBackend, rollouts: RolloutStore, ledger: Ledger, locks: AdapterLocks, base_model_id: str
+        self,
+        engine: TrainingEngine,
+        inference: InferenceBackend,
+        rollouts: RolloutStore,
+        ledger: Ledger,
+        locks: AdapterLocks,
+        base_model_id: str,
     ) -> None:
         self._engine = engine
         self._inference = inference
@@ -83,7 +89,9 @@ class Learner:
         """The lesson with its hindsight rollouts and the anchors it must leave alone."""
         training = payload.training
         found = await asyncio.gather(*(hindsight_rollouts(item, self._inference, training) for item in payload.samples))
-        own = [item.model_copy(update={"taught": training.own_replies or not good}) for item, good in zip(payload.samples, found, strict=True)]
+        own = [
+            item.model_copy(update={"taught": training.own_replies or not good}) for item, good in zip(payload.samples, found, strict=True)
+        ]
         anchors = await self._anchors.take(training.anchors, turn)
         return payload.model_copy(update={"samples": [*own, *chain.from_iterable(found), *anchors]})
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import uuid
 
+from pydantic import JsonValue
+
 from claas.core.errors import ClaasError, Conflict
 from claas.core.types import AdapterVersion, DistillBatchRequestPayload, DistillResponse, Feedback, StepRecord
 from claas.learning.feedback_store import FeedbackStore
@@ -32,11 +34,15 @@ class Ledger:
         if not found:
             return None
         if any(row.state in ("queued", "training") for row in found):
-            raise Conflict("feedback with this idempotency_key is being learnt right now: ask again when it is done", param="idempotency_key")
+            raise Conflict(
+                "feedback with this idempotency_key is being learnt right now: ask again when it is done", param="idempotency_key"
+            )
         request_ids = {row.request_id for row in found}
         step = await self._journal.by_request(found[0].request_id)
         if len(found) < len(lesson.request.items) or len(request_ids) > 1 or step is None:
-            raise Conflict("some items of this request were sent before, with other ones: send the new items alone", param="idempotency_key")
+            raise Conflict(
+                "some items of this request were sent before, with other ones: send the new items alone", param="idempotency_key"
+            )
         rows = await self._feedback.by_request(step.request_id)
         return _result(lesson, step, tuple(row.id for row in rows), self._journal.log_path(step), ())
 
@@ -81,7 +87,10 @@ class Ledger:
             metrics=step.metadata,
             timing_ms=timing_ms,
         )
-        detail = {"step": record.model_dump(mode="json"), "samples": [sample.model_dump(mode="json") for sample in payload.samples]}
+        detail: dict[str, JsonValue] = {
+            "step": record.model_dump(mode="json"),
+            "samples": [sample.model_dump(mode="json") for sample in payload.samples],
+        }
         log_path = await self._journal.record(record, detail, version_record=await self._version(record))
         await self._feedback.set_state(feedback_ids, record.outcome, reason=record.reason, version=record.version)
         return _result(lesson, record, feedback_ids, log_path, shown)
@@ -97,7 +106,9 @@ class Ledger:
         return next(v for v in await self._engine.versions(record.lora_id) if v.version == record.version)
 
 
-def _result(lesson: ResolvedLesson, step: StepRecord, feedback_ids: tuple[str, ...], log_path: str, shown: tuple[Shown, ...]) -> LessonResult:
+def _result(
+    lesson: ResolvedLesson, step: StepRecord, feedback_ids: tuple[str, ...], log_path: str, shown: tuple[Shown, ...]
+) -> LessonResult:
     assert step.outcome != "failed"
     return LessonResult(
         request_id=step.request_id,

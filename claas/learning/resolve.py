@@ -49,7 +49,9 @@ async def resolve(request: LessonRequest, rollouts: RolloutStore, base_model_id:
     found = tuple([await _rollout(item, at, rollouts, base_model_id) for at, item in enumerate(request.items)])
     lora_ids = {rollout.lora_id for rollout in found if rollout.lora_id is not None}
     if len(lora_ids) > 1:
-        raise BadRequest(f"one request teaches one adapter, these replies are of {sorted(lora_ids)}: send one request for each", param="requests")
+        raise BadRequest(
+            f"one request teaches one adapter, these replies are of {sorted(lora_ids)}: send one request for each", param="requests"
+        )
     if any(item.training != request.items[0].training for item in request.items):
         raise BadRequest("all items of a request are one step: give them the same training settings", param="requests.1.training")
     return ResolvedLesson(request, lora_ids.pop(), found, _training(defaults, request.items[0].training))

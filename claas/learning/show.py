@@ -16,7 +16,9 @@ async def show(lesson: ResolvedLesson, version: LoraRuntimeRef, inference: Infer
 
     async def again(rollout: Rollout) -> Shown:
         reply = await inference.complete(
-            GenerationRequest(messages=rollout.messages, template_kwargs=rollout.template_kwargs, adapter=version, sampling=rollout.sampling)
+            GenerationRequest(
+                messages=rollout.messages, template_kwargs=rollout.template_kwargs, adapter=version, sampling=rollout.sampling
+            )
         )
         return Shown(completion_id=rollout.id, prompt=rollout.prompt, before=rollout.text, after=visible_text(reply.text))
 

@@ -25,4 +25,8 @@ class Stopwatch:
     def timing_ms(self) -> dict[str, int]:
         """Every phase, and `total` since the start. Phases that only other backends have are 0."""
         named = {"sleep": 0, "distill": 0, "save": 0, "wake": 0, "logprobs": 0}
-        return named | {name: round(1000 * s) for name, s in self._seconds.items()} | {"total": round(1000 * (time.perf_counter() - self._began))}
+        return (
+            named
+            | {name: round(1000 * s) for name, s in self._seconds.items()}
+            | {"total": round(1000 * (time.perf_counter() - self._began))}
+        )

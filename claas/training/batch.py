@@ -9,17 +9,18 @@ Padding stands to the right of causal attention, so it needs no mask: no real po
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from claas.core.errors import Unteachable
 from claas.core.types import ChatMessage, DistillBatchItem, SampleSource, TeacherKind
 from claas.training.hindsight import hindsight_messages
 
-Render = Callable[[Sequence[ChatMessage], dict[str, object]], tuple[int, ...]]
+Render = Callable[[Sequence[ChatMessage], Mapping[str, JsonValue]], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +66,23 @@ def prepare(
     Raises:
         Unteachable: ids outside the vocabulary, non-finite logprobs, no user turn, or a teacher prompt that does not fit the context.
     """
-    if max(max(item.prompt_token_ids), max(item.response_token_ids)) >= vocab_size or min(*item.prompt_token_ids, *item.response_token_ids) < 0:
+    if (
+        max(max(item.prompt_token_ids), max(item.response_token_ids)) >= vocab_size
+        or min(*item.prompt_token_ids, *item.response_token_ids) < 0
+    ):
         raise Unteachable(f"a token id is outside the model's vocabulary of {vocab_size}: the reply came from another model")
     if not all(math.isfinite(logp) and logp <= 1e-3 for logp in item.response_logprobs):
         raise Unteachable("the reply's logprobs are not all finite and at most 0, so it cannot be learnt from")
-    template = dict(item.template_kwargs)
+    template = item.template_kwargs
     own = item.source == "sampled"
     plain = item.source == "anchor"
     sample = Sample(
         source=item.source,
         teacher=teacher if own else "base",
         student_prompt=item.prompt_token_ids,
-        teacher_prompt=item.prompt_token_ids if plain or not item.feedback.strip() else render(hindsight_messages(item.messages, item.feedback), template),
+        teacher_prompt=item.prompt_token_ids
+        if plain or not item.feedback.strip()
+        else render(hindsight_messages(item.messages, item.feedback), template),
         control_prompt=render(hindsight_messages(item.messages, control_feedback), template) if own else None,
         response=item.response_token_ids,
         served_logp=item.response_logprobs,

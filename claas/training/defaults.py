@@ -28,4 +28,3 @@ def default_training(n_params: int) -> TrainingConfig:
 def default_lora(n_params: int) -> tuple[int, int]:
     """Rank and alpha of a new adapter."""
     return (16, 32) if n_params < SMALL_MODEL_PARAMS else (32, 64)
-

@@ -45,11 +45,13 @@ class Policy:
         else:
             with self._peft.disable_adapter():
                 out_BLD = self._backbone(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
-        return out_BLD.flatten(0, 1)[batch.predict_N]
+        hidden_ND: Tensor = out_BLD.flatten(0, 1)[batch.predict_N]
+        return hidden_ND
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """The LM head on a chunk of positions, (N, V) in float32."""
-        return self._head(hidden_ND).float()
+        logits_NV: Tensor = self._head(hidden_ND).float()
+        return logits_NV
 
     def optimizer(self, folder: Path, learning_rate: float) -> torch.optim.AdamW:
         """AdamW with the moments stored beside the version, if it has any. The learning rate is always the one asked for."""

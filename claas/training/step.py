@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,22 +147,25 @@ class LessonStep:
         measures = []
         for batch in batches:
             self._breathe()
-            first = batch.targets is None
-            contexts = self._contexts(batch) if first else {}
+            known = batch.targets
+            contexts = {} if known else self._contexts(batch)
             hidden_ND = self._policy.hidden(batch.student)
             self._forward_tokens += batch.student.ids_BL.numel()
-            gradients, targets, figures = [], [], []
+            gradients: list[Tensor] = []
+            targets: list[Targets] = []
+            figures: list[Measure] = []
             for rows in _chunks(batch.tokens):
                 leaf_ND = hidden_ND[rows].detach().requires_grad_()
                 logits_NV = self._policy.logits(leaf_ND)
-                chunk = self._measure_targets(batch, rows, logits_NV.detach(), contexts) if first else _rows(batch.targets, rows)
+                chunk = _rows(known, rows) if known else self._measure_targets(batch, rows, logits_NV.detach(), contexts)
                 loss_N, figure = self._loss(batch, rows, logits_NV, chunk)
                 (loss_N.sum() * weight).backward()
+                assert leaf_ND.grad is not None
                 gradients.append(leaf_ND.grad)
                 targets.append(chunk)
                 figures.append(figure)
             hidden_ND.backward(torch.cat(gradients))
-            batch.targets = _join_targets(targets) if first else batch.targets
+            batch.targets = known or _join_targets(targets)
             measures.append(_join(figures))
         return _join(measures)
 
@@ -334,14 +338,14 @@ def _chunks(n: int) -> list[slice]:
 
 
 def _rows(targets: Targets, rows: slice) -> Targets:
-    columns = (getattr(targets, field.name) for field in fields(Targets))
-    return Targets(*(None if column is None else column[rows] for column in columns))
+    columns: list[Any] = [getattr(targets, field.name) for field in fields(Targets)]
+    return Targets(*[None if column is None else column[rows] for column in columns])
 
 
 def _join_targets(parts: Sequence[Targets]) -> Targets:
-    columns = ([getattr(part, field.name) for part in parts] for field in fields(Targets))
-    return Targets(*(None if column[0] is None else torch.cat(column) for column in columns))
+    columns: list[list[Any]] = [[getattr(part, field.name) for part in parts] for field in fields(Targets)]
+    return Targets(*[None if column[0] is None else torch.cat(column) for column in columns])
 
 
 def _join(parts: Sequence[Measure]) -> Measure:
-    return Measure(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Measure)))
+    return Measure(*[torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Measure)])

@@ -47,7 +47,7 @@ def test_a_correction_is_learnt_kept_undone_and_exported(tmp_path: Path, model_d
         assert not any("Kuro" in reply for reply in before)
 
         ids = [finished_reply(client, prompt) for prompt in PROMPTS]
-        body = {"requests": [{"completion_id": id, "feedback": FEEDBACK} for id in ids], "show": True}
+        body = {"requests": [{"completion_id": reply_id, "feedback": FEEDBACK} for reply_id in ids], "show": True}
         answer = service.http.post("/v1/feedback", json=body)
         assert answer.status_code == 200, answer.text
         lesson = answer.json()
@@ -78,7 +78,9 @@ def test_a_correction_is_learnt_kept_undone_and_exported(tmp_path: Path, model_d
         scored = service.http.post(
             "/v1/score", json={"model": "assistant@1", "messages": [{"role": "user", "content": PROBES[0]}], "completion": reply}
         ).json()
-        service.http.post("/v1/lora/import", params={"lora_id": "copy"}, content=archive, headers={"content-type": "application/zip"}).raise_for_status()
+        service.http.post(
+            "/v1/lora/import", params={"lora_id": "copy"}, content=archive, headers={"content-type": "application/zip"}
+        ).raise_for_status()
         assert greedy(service, PROBES[0], "copy") == reply
         service.http.post("/v1/lora/rollback", json={"lora_id": "assistant", "version": 0}).raise_for_status()
         assert [greedy(service, probe) for probe in PROBES] == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,10 +39,10 @@ class School:
     lifecycle: AdapterLifecycle
     log_dir: Path
 
-    async def rollout(self, id: str = "chatcmpl-1", **changes: object) -> Rollout:
+    async def rollout(self, completion_id: str = "chatcmpl-1", **changes: Any) -> Rollout:
         """Store a reply as the proxy would have."""
         fields = {
-            "id": id,
+            "id": completion_id,
             "lora_id": LORA,
             "version": 0,
             "base_model": self.engine.base_model,

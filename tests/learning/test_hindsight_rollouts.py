@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from claas.core.errors import Unteachable
-from claas.core.types import ChatMessage, DistillBatchItem, FinishReason, TrainingConfig
+from claas.core.types import ChatMessage, DistillBatchItem, FinishReason, LoraInitRequest, TrainingConfig
 from claas.inference.base import Generation, GenerationRequest, SampledToken
 from claas.learning.anchors import ANCHOR_PROMPTS, Anchors
 from claas.learning.checks import find_collapse
@@ -111,13 +111,11 @@ async def test_anchors_are_sampled_once_and_taken_in_turn() -> None:
 
 async def test_a_collapse_is_found_and_not_blamed_on_a_version_whose_parent_had_it() -> None:
     engine = MemoryEngine()
-    from claas.core.types import LoraInitRequest
-
     await engine.init_lora(LoraInitRequest(lora_id=LORA))
     parent = await engine.lora_runtime_ref(LORA)
     candidate = parent.model_copy(update={"version": 1})
 
-    def loops(versions: set[int]):
+    def loops(versions: set[int]) -> CharInference:
         def reply(request: GenerationRequest) -> str:
             assert request.adapter is not None
             return "a b c d " * 8 if request.adapter.version in versions else "Paris."

@@ -8,7 +8,16 @@ import json
 import pytest
 
 from claas.core.errors import AdapterBusy, Conflict, NotFound, StepFailed
-from claas.core.types import FeedbackState, LoraInitRequest, LoraRuntimeRef
+from claas.core.types import (
+    ChatMessage,
+    DistillBatchItem,
+    DistillBatchRequestPayload,
+    Feedback,
+    FeedbackState,
+    LoraInitRequest,
+    LoraRuntimeRef,
+    TrainingConfig,
+)
 from claas.learning.recovery import INTERRUPTED, recover
 from claas.learning.types import FeedbackItem
 from tests.learning.conftest import LORA, School, lesson
@@ -29,7 +38,8 @@ async def test_a_lesson_is_learnt_published_and_written_down(school: School) -> 
     assert (result.outcome, result.parent, result.version, result.batch_size) == ("applied", 0, 1, 1)
     assert (await latest(school)).version == 1
     assert school.inference.active[-1].version == 1, "the new version is loaded before it serves"
-    (row,) = [await school.feedback.get(id) for id in result.feedback_ids]
+    (feedback_id,) = result.feedback_ids
+    row = await school.feedback.get(feedback_id)
     assert (row.state, row.version, row.completion_id, row.feedback) == ("applied", 1, "chatcmpl-1", "Be Kuro.")
     (step,) = await school.journal.steps()
     assert (step.outcome, step.parent, step.version, step.request_id) == ("applied", 0, 1, "lesson-1")
@@ -167,8 +177,8 @@ async def test_a_key_in_use_is_a_conflict(school: School) -> None:
     item = FeedbackItem(feedback="Be Kuro.", completion_id="chatcmpl-1", idempotency_key="k")
     async with school.locks.hold(LORA):
         waiting = asyncio.create_task(school.learner.learn(lesson(item)))
-        while not await school.feedback.by_request("lesson-1"):
-            await asyncio.sleep(0)
+        while not await school.feedback.by_request("lesson-1"):  # noqa: ASYNC110 - the state is in the database
+            await asyncio.sleep(0)  # until it is accepted
         with pytest.raises(Conflict, match="right now"):
             await school.learner.learn(lesson(item, request_id="lesson-2"))
     assert (await waiting).version == 1
@@ -222,15 +232,13 @@ async def crashed(school: School, *, published: bool, promoted: bool) -> str:
     """Leave the stores as a process killed in mid-lesson would have: feedback training, perhaps a version, perhaps serving."""
     await school.rollout()
     school.engine.before_distill = lambda: None
-    from claas.core.types import DistillBatchItem, DistillBatchRequestPayload, Feedback, TrainingConfig
-
     await school.feedback.add(
         [Feedback(id="fb-1", request_id="lesson-1", lora_id=LORA, completion_id="chatcmpl-1", feedback="x", state="training")]
     )
     if published:
         sample = DistillBatchItem(
             prompt="p", response="r", feedback="x", response_logprobs=(-1.0,), prompt_token_ids=(1,), response_token_ids=(2,),
-            messages=({"role": "user", "content": "p"},),
+            messages=(ChatMessage(role="user", content="p"),),
         )  # fmt: skip
         payload = DistillBatchRequestPayload(lora_id=LORA, training=TrainingConfig(), samples=[sample], feedback_ids=("fb-1",))
         await school.engine.distill(payload)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from claas.core.errors import BadRequest, ClaasError, Conflict, NotFound, Unteachable
 from claas.core.types import ChatMessage, TrainingConfig
-from claas.learning.resolve import resolve
+from claas.learning.resolve import ResolvedLesson, resolve
 from claas.learning.types import FeedbackItem
 from tests.learning.conftest import LORA, School, lesson
 
 
-async def resolved(school: School, *items: FeedbackItem):
+async def resolved(school: School, *items: FeedbackItem) -> ResolvedLesson:
     return await resolve(lesson(*items), school.rollouts, school.engine.base_model, TrainingConfig())
 
 
@@ -45,7 +47,7 @@ async def test_the_upstream_form_finds_the_same_rollout(school: School) -> None:
         ({"base_model": "another/model"}, Unteachable, "another/model"),
     ],
 )
-async def test_replies_that_cannot_be_taught(school: School, changes: dict[str, object], error: type[ClaasError], says: str) -> None:
+async def test_replies_that_cannot_be_taught(school: School, changes: dict[str, Any], error: type[ClaasError], says: str) -> None:
     await school.rollout(**changes)
     with pytest.raises(error, match=says):
         await resolved(school)

@@ -24,7 +24,7 @@ def tiny_llama(seed: int = 0) -> LoadedModel:
         max_position_embeddings=512, initializer_range=0.2,
     )  # fmt: skip
     module = LlamaForCausalLM(config).eval().requires_grad_(False)
-    return LoadedModel("tiny", "tiny", config, None, module, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
+    return LoadedModel("tiny", "tiny", config, None, module, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import JsonValue
 
 from claas.core.errors import Unteachable
 from claas.core.types import ChatMessage, DistillBatchItem
@@ -26,12 +28,12 @@ ITEM = DistillBatchItem(
 )
 
 
-def render(messages: Sequence[ChatMessage], template_kwargs: dict[str, object]) -> tuple[int, ...]:
+def render(messages: Sequence[ChatMessage], template_kwargs: Mapping[str, JsonValue]) -> tuple[int, ...]:
     """One id for each message, then one for each character: enough to see what was rendered."""
-    return tuple(len(m.content or "") for m in messages) + (len(template_kwargs),)
+    return (*(len(m.content or "") for m in messages), len(template_kwargs))
 
 
-def prepared(parent: int = 2, max_context: int = 100, **changes: object) -> Sample:
+def prepared(parent: int = 2, max_context: int = 100, **changes: Any) -> Sample:
     item = ITEM.model_copy(update=changes)
     return prepare(item, render, teacher="live", parent=parent, vocab_size=10, max_context=max_context, control_feedback="Weather.")
 
@@ -68,7 +70,7 @@ def test_only_own_replies_have_a_live_teacher_a_ratio_and_a_control() -> None:
         ({"prompt_token_ids": (1,) * 99}, "shorten"),
     ],
 )
-def test_what_cannot_be_taught_says_why(changes: dict[str, object], says: str) -> None:
+def test_what_cannot_be_taught_says_why(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(Unteachable, match=says):
         prepared(**changes)
 

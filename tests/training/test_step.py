@@ -298,7 +298,7 @@ class LargestTensor(TorchDispatchMode):
     """Watches every operation for the largest tensor whose last axis is the vocabulary."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rows = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+
+from pydantic import JsonValue
 
 from claas.adapters.store import AdapterStore
 from claas.core.errors import BackendUnavailable, BadRequest, ClaasError, StepFailed
@@ -42,7 +44,9 @@ class LocalEngine(StoredEngine):
 
     async def distill(self, payload: DistillBatchRequestPayload) -> DistillResponse:
         if payload.save_in_place:
-            raise BadRequest("save_in_place is not supported: versions are immutable, and a rollback undoes a lesson", param="save_in_place")
+            raise BadRequest(
+                "save_in_place is not supported: versions are immutable, and a rollback undoes a lesson", param="save_in_place"
+            )
         self._stop_if_closing()
         try:
             report = await asyncio.get_running_loop().run_in_executor(self._trainer, self._distill, payload)
@@ -86,7 +90,7 @@ class LocalEngine(StoredEngine):
             raise BackendUnavailable("the service is closing: the lesson was not learnt, send the feedback again later")
 
     def _samples(self, payload: DistillBatchRequestPayload, parent: int) -> list[Sample]:
-        def tokens(messages: Sequence[ChatMessage], template_kwargs: dict[str, object]) -> tuple[int, ...]:
+        def tokens(messages: Sequence[ChatMessage], template_kwargs: Mapping[str, JsonValue]) -> tuple[int, ...]:
             return render(self._base.tokenizer, messages, template_kwargs)
 
         return [
@@ -120,4 +124,4 @@ class LocalEngine(StoredEngine):
         )
 
     def _token_text(self, token_id: int) -> str:
-        return self._base.tokenizer.decode([token_id])
+        return str(self._base.tokenizer.decode([token_id]))
