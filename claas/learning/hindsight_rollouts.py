@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 
-from claas.core.types import ChatMessage, DistillBatchItem, SamplingParams, TrainingConfig
+from claas.core.types import DistillBatchItem, SamplingParams, TrainingConfig
 from claas.inference.base import Generation, GenerationRequest, InferenceBackend
 from claas.rollouts.visible import visible_text
 from claas.training.hindsight import HINDSIGHT_BLOCK, hindsight_messages

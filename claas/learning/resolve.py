@@ -13,7 +13,7 @@ from claas.learning.types import FeedbackItem, LessonRequest
 from claas.rollouts.store import RolloutStore
 
 FINISH_TROUBLES = {
-    "length": "was cut off at its token limit, so its end was never sampled: ask again with a larger max_tokens and give feedback on that reply",
+    "length": "was cut off at its token limit: ask again with a larger max_tokens and give feedback on that reply",
     "abort": "was aborted before it ended: ask again and give feedback on that reply",
 }
 

@@ -74,7 +74,7 @@ class Measure:
 class StepResult:
     """What the lesson did. Figures are of all taught response tokens, in micro-batch order.
 
-    `reply_logp` is the mean logprob of the user's own replies' tokens, taught or not, before and after; None without any, or without a rescore.
+    `reply_logp` is the mean logprob of the user's own replies' tokens, taught or not, before and after; None without any or unscored.
     """
 
     outcome: StepOutcome
@@ -219,14 +219,16 @@ class LessonStep:
     @torch.no_grad()
     def _rescore(self) -> Measure:
         """The same tokens under the new weights."""
-        measures = []
+        measures: list[Measure] = []
         for batch in self._batches:
             self._breathe()
             assert batch.targets is not None
             hidden_ND = self._policy.hidden(batch.student)
             self._forward_tokens += batch.student.ids_BL.numel()
-            for rows in _chunks(batch.tokens):
-                measures.append(self._loss(batch, rows, self._policy.logits(hidden_ND[rows]), _rows(batch.targets, rows))[1])
+            measures += [
+                self._loss(batch, rows, self._policy.logits(hidden_ND[rows]), _rows(batch.targets, rows))[1]
+                for rows in _chunks(batch.tokens)
+            ]
         return _join(measures)
 
     @torch.no_grad()
@@ -339,12 +341,13 @@ def _chunks(n: int) -> list[slice]:
 
 def _rows(targets: Targets, rows: slice) -> Targets:
     columns: list[Any] = [getattr(targets, field.name) for field in fields(Targets)]
-    return Targets(*[None if column is None else column[rows] for column in columns])
+    return Targets(*(column if column is None else column[rows] for column in columns))
 
 
 def _join_targets(parts: Sequence[Targets]) -> Targets:
-    columns: list[list[Any]] = [[getattr(part, field.name) for part in parts] for field in fields(Targets)]
-    return Targets(*[None if column[0] is None else torch.cat(column) for column in columns])
+    columns: list[Any] = [[getattr(part, field.name) for part in parts] for field in fields(Targets)]
+    joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+    return Targets(*joined)
 
 
 def _join(parts: Sequence[Measure]) -> Measure:
