@@ -1,0 +1,71 @@
+"""Sharing the cores: counts that belong to a thread, halves while both sides work, all for one alone."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from claas.models.compute import ComputeShare
+
+
+@pytest.mark.parametrize(("cores", "serving", "training"), [(1, 1, 1), (2, 1, 1), (3, 2, 1), (8, 4, 4)])
+def test_each_gets_its_share_while_both_work_and_all_when_alone(cores: int, serving: int, training: int) -> None:
+    share = ComputeShare(cores)
+    # Each wait is for the other thread to have come that far.
+    trains, serves, trained_beside, served = (threading.Event() for _ in range(4))
+    seen: dict[str, int] = {}
+
+    def train() -> None:
+        with share.training():
+            seen["training alone"] = torch.get_num_threads()
+            trains.set()
+            serves.wait(10)
+            share.apply()
+            seen["training beside"] = torch.get_num_threads()
+            trained_beside.set()
+            served.wait(10)
+            share.apply()
+            seen["training after"] = torch.get_num_threads()
+
+    def serve() -> None:
+        trains.wait(10)
+        with share.serving():
+            seen["serving beside"] = torch.get_num_threads()
+            serves.set()
+            trained_beside.wait(10)
+        served.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        for work in [pool.submit(train), pool.submit(serve)]:
+            work.result()
+    assert seen == {"training alone": cores, "serving beside": serving, "training beside": training, "training after": cores}
+
+
+def test_a_threads_count_is_its_own_from_its_first_use_on() -> None:
+    """What torch promises nowhere: the ground this file stands on."""
+    marked, changed = threading.Event(), threading.Event()
+
+    def one() -> int:
+        with ComputeShare(3).serving():
+            marked.set()
+            changed.wait(10)
+            torch.randn(400, 400).mm(torch.randn(400, 400))
+            return torch.get_num_threads()
+
+    def other() -> int:
+        marked.wait(10)
+        with ComputeShare(1).training():
+            changed.set()
+            return torch.get_num_threads()
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.submit(one), pool.submit(other)
+        assert (first.result(), second.result()) == (3, 1)
+
+
+def test_applying_outside_is_a_mistake() -> None:
+    with pytest.raises(AssertionError, match="belongs inside"):
+        ComputeShare(2).apply()
