@@ -44,7 +44,7 @@ async def resolve(request: LessonRequest, rollouts: RolloutStore, base_model_id:
         NotFound: an unknown completion id, or no reply with that prompt and response.
         Conflict: prompt and response fit several different replies.
         BadRequest: items for different adapters or with different training settings, or a wrong training setting.
-        Unteachable: the reply was cut off or aborted, is the base model's own, belongs to another adapter or base model, or has no messages.
+        Unteachable: the reply was cut off or aborted, is the base model's, of another adapter or base model, or has no messages.
     """
     found = tuple([await _rollout(item, at, rollouts, base_model_id) for at, item in enumerate(request.items)])
     lora_ids = {rollout.lora_id for rollout in found if rollout.lora_id is not None}

@@ -66,23 +66,18 @@ def prepare(
     Raises:
         Unteachable: ids outside the vocabulary, non-finite logprobs, no user turn, or a teacher prompt that does not fit the context.
     """
-    if (
-        max(max(item.prompt_token_ids), max(item.response_token_ids)) >= vocab_size
-        or min(*item.prompt_token_ids, *item.response_token_ids) < 0
-    ):
+    if not all(0 <= token < vocab_size for token in (*item.prompt_token_ids, *item.response_token_ids)):
         raise Unteachable(f"a token id is outside the model's vocabulary of {vocab_size}: the reply came from another model")
     if not all(math.isfinite(logp) and logp <= 1e-3 for logp in item.response_logprobs):
         raise Unteachable("the reply's logprobs are not all finite and at most 0, so it cannot be learnt from")
     template = item.template_kwargs
     own = item.source == "sampled"
-    plain = item.source == "anchor"
+    plain = item.source == "anchor" or not item.feedback.strip()
     sample = Sample(
         source=item.source,
         teacher=teacher if own else "base",
         student_prompt=item.prompt_token_ids,
-        teacher_prompt=item.prompt_token_ids
-        if plain or not item.feedback.strip()
-        else render(hindsight_messages(item.messages, item.feedback), template),
+        teacher_prompt=item.prompt_token_ids if plain else render(hindsight_messages(item.messages, item.feedback), template),
         control_prompt=render(hindsight_messages(item.messages, control_feedback), template) if own else None,
         response=item.response_token_ids,
         served_logp=item.response_logprobs,
@@ -92,7 +87,8 @@ def prepare(
     )
     if sample.length > max_context:
         raise Unteachable(
-            f"the conversation with the feedback has {sample.length} tokens and the model reads {max_context}: shorten the feedback or the conversation"
+            f"the conversation with the feedback has {sample.length} tokens and the model reads {max_context}: "
+            "shorten the feedback or the conversation"
         )
     return sample
 

@@ -341,7 +341,8 @@ def _chunks(n: int) -> list[slice]:
 
 def _rows(targets: Targets, rows: slice) -> Targets:
     columns: list[Any] = [getattr(targets, field.name) for field in fields(Targets)]
-    return Targets(*(column if column is None else column[rows] for column in columns))
+    taken: list[Any] = [None if column is None else column[rows] for column in columns]
+    return Targets(*taken)
 
 
 def _join_targets(parts: Sequence[Targets]) -> Targets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import sqlite3
@@ -25,10 +26,8 @@ LESSON = {"gradient_steps": 40, "learning_rate": 1e-3, "min_signal": 0.0, "hinds
 def teach_in_background(service: Service, completion_id: str, text: str) -> threading.Thread:
     def teach() -> None:
         body = {"requests": [{"completion_id": completion_id, "feedback": text, "training": LESSON}]}
-        try:
+        with contextlib.suppress(httpx.TransportError):  # it is killed under us: that is the point
             httpx.post(f"{service.url}/v1/feedback", json=body, timeout=60)
-        except httpx.TransportError:
-            pass  # it is killed under us: that is the point
 
     thread = threading.Thread(target=teach)
     thread.start()
