@@ -53,7 +53,8 @@ def service(url: str | None, api_key: str | None, data_dir: Path | None, model: 
 def progress() -> Iterator[Observe]:
     """Bars and spinners on standard error; nothing where that is no terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
 
         @contextmanager
         def observe(what: str, total: int) -> Iterator[Callable[[], None]]:

@@ -44,6 +44,7 @@ def learning(live: Live) -> Live:
 def taught(live: Live, *options: str) -> dict[str, Any]:
     result = live.claas(*LESSON, *options, "--json")
     report: dict[str, Any] = json.loads(result.out)
+    assert result.err == ""
     assert result.code == (0 if report["learnt"] else 1)
     return report
 
