@@ -19,7 +19,7 @@ setup: $(STAMP) ## install everything into .venv, once
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "CLaaS needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...")'
 	@# Some distributions ship venv without its pip; the outer pip then installs one.
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || \
 	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
 	@echo "Installing CLaaS and its dependencies into $(VENV) (a few minutes, once) ..."
 	@$(PIP) || { echo "The installation failed; trying once more ..."; sleep 5; $(PIP); }
