@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING
 
 import platformdirs
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from claas.models.base_model import LoadedModel
+
+# A busy machine is no wrong result.
+settings.register_profile("claas", deadline=None)
+settings.load_profile("claas")
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,9 @@ def test_a_documented_command_exists(command: str) -> None:
 
 
 def test_every_make_target_is_listed_by_make_help() -> None:
-    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout
+    listed = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+    ).stdout
     assert {line.split()[1] for line in listed.splitlines()} == make_targets()
 
 
