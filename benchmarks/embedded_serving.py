@@ -16,7 +16,6 @@ import os
 import platform
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from claas.inference.base import GenerationRequest
 from claas.inference.embedded import EmbeddedInference
 from claas.models.base_model import LoadedModel
 from claas.models.chat_template import render
-from claas.models.compute import ComputeShare
+from claas.models.compute import ComputeShare, in_fresh_thread
 from claas.models.load import load_base_model
 
 QUESTIONS = (
@@ -78,19 +77,15 @@ CASES = (
 )
 
 
-def in_fresh_thread(work: Callable[[], T], threads: int) -> T:
+def alone(work: Callable[[], T], threads: int) -> T:
     """Run `work` in a thread of its own, with `threads` torch threads that end with it."""
-    results: list[T] = []
 
-    def run() -> None:
+    def run() -> T:
         torch.get_num_threads()
         torch.set_num_threads(threads)
-        results.append(work())
+        return work()
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return results[0]
+    return in_fresh_thread(run)
 
 
 def make_adapters(model: LoadedModel, folder: Path) -> dict[str, LoraRuntimeRef]:
@@ -171,16 +166,16 @@ async def run_serving(model: LoadedModel, refs: dict[str, LoraRuntimeRef], case:
 
 def measure(n_tokens: int, repeats: int, threads: int) -> dict[str, Any]:
     """All cases, the two sides taking turns."""
-    model = in_fresh_thread(lambda: load_base_model(load_settings()), threads)
+    model = load_base_model(load_settings())
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        refs = in_fresh_thread(lambda: make_adapters(model, Path(folder)), threads)
-        plain, wrapped = model.tree(), in_fresh_thread(lambda: load_peft(model, refs), threads)
+        refs = alone(lambda: make_adapters(model, Path(folder)), threads)
+        plain, wrapped = model.tree(), alone(lambda: load_peft(model, refs), threads)
         for case in CASES:
-            in_fresh_thread(lambda: run_generate(model, plain, wrapped, case, 4), threads)  # noqa: B023 - it is over before the next case
+            alone(lambda: run_generate(model, plain, wrapped, case, 4), threads)  # noqa: B023 - it is over before the next case
             pairs = []
             for _ in range(repeats):
-                generate = in_fresh_thread(lambda: run_generate(model, plain, wrapped, case, n_tokens), threads)  # noqa: B023
+                generate = alone(lambda: run_generate(model, plain, wrapped, case, n_tokens), threads)  # noqa: B023
                 serving, first = asyncio.run(run_serving(model, refs, case, n_tokens, threads))
                 pairs.append({"generate": round(generate, 2), "serving": round(serving, 2), "first_token_s": round(first, 4)})
             ratio = statistics.median(p["serving"] / p["generate"] for p in pairs)

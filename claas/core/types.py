@@ -113,6 +113,7 @@ class TrainingConfig(Frozen):
     minibatch: lesson samples, and anchors, that a gradient step takes after the first, which takes all; 0 means all, always.
     hindsight_rollouts: replies sampled with the feedback in view, for each reply the feedback is about.
     hindsight_max_tokens, hindsight_temperature: how those are sampled.
+    min_lift: mean log-likelihood gain, in nats a token, that the feedback must give a rollout for it to be taught.
     own_replies: teach the reply itself beside its hindsight rollouts; False teaches it only where no rollout of it was good.
     anchors: replies of the base model to unrelated prompts that the lesson must leave as they are.
     min_signal: mean loss in nats a token under which the lesson counts as known and is skipped.
@@ -132,6 +133,7 @@ class TrainingConfig(Frozen):
     hindsight_rollouts: int = Field(default=0, ge=0, le=32)
     hindsight_max_tokens: int = Field(default=256, ge=8, le=4096)
     hindsight_temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    min_lift: float = 0.0
     own_replies: bool = True
     anchors: int = Field(default=0, ge=0, le=12)
     min_signal: float = Field(default=1e-4, ge=0.0)

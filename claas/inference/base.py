@@ -117,8 +117,8 @@ class InferenceBackend(ABC):
         return Generation(stream.prompt_token_ids, tuple(tokens), "".join(text), finish)
 
     @abstractmethod
-    async def score(self, request: GenerationRequest, completion: str) -> Score:
-        """Logprobs of `completion` as the reply to the request's prompt. Raises like `stream`."""
+    async def score(self, request: GenerationRequest, completion: str | tuple[int, ...]) -> Score:
+        """Logprobs of `completion`, a text or a reply's exact token ids, as the reply to the request's prompt. Raises like `stream`."""
 
     @abstractmethod
     def token_text(self, token_id: int) -> str:

@@ -77,9 +77,9 @@ class EmbeddedInference(InferenceBackend):
         self._scheduler.submit(reply)
         return EmbeddedStream(reply, self._scheduler)
 
-    async def score(self, request: GenerationRequest, completion: str) -> Score:
+    async def score(self, request: GenerationRequest, completion: str | tuple[int, ...]) -> Score:
         prompt = await self._in_thread(lambda: self._prompt(request))
-        targets = await self._in_thread(lambda: encode_reply(self._model.tokenizer, completion))
+        targets = await self._in_thread(lambda: self._targets(completion))
         if not targets:
             raise BadRequest("completion is empty: there is nothing to score", param="completion")
         if len(prompt) + len(targets) > self._max_context:
@@ -133,6 +133,9 @@ class EmbeddedInference(InferenceBackend):
         if not self._scheduler.alive:
             raise BackendUnavailable("the service is closing: try again later")
         return await asyncio.get_running_loop().run_in_executor(self._helpers, work)
+
+    def _targets(self, completion: str | tuple[int, ...]) -> tuple[int, ...]:
+        return encode_reply(self._model.tokenizer, completion) if isinstance(completion, str) else completion
 
     def _prompt(self, request: GenerationRequest) -> tuple[int, ...]:
         """The request's prompt as token ids. Raises BadRequest, ContextOverflow."""

@@ -18,16 +18,23 @@ QUOTE_WORDS = 4
 
 async def hindsight_rollouts(item: DistillBatchItem, inference: InferenceBackend, training: TrainingConfig) -> list[DistillBatchItem]:
     """Up to `training.hindsight_rollouts` distinct good replies of the base model that knows the item's feedback; maybe none."""
-    request = GenerationRequest(
-        messages=hindsight_messages(item.messages, item.feedback),
+    plain = GenerationRequest(
+        messages=item.messages,
         template_kwargs=item.template_kwargs,
-        adapter=None,
         sampling=SamplingParams(max_tokens=training.hindsight_max_tokens, temperature=training.hindsight_temperature),
         background=True,
     )
-    replies = await asyncio.gather(*(inference.complete(request) for _ in range(training.hindsight_rollouts)))
+    told = plain.model_copy(update={"messages": hindsight_messages(item.messages, item.feedback)})
+    replies = await asyncio.gather(*(inference.complete(told) for _ in range(training.hindsight_rollouts)))
     good = {reply.text.strip(): reply for reply in replies if fault(reply, item.prompt, item.feedback) is None}
-    return [_sample(item, reply) for reply in good.values()]
+    lifts = await asyncio.gather(*(_lift(reply, plain, inference) for reply in good.values()))
+    return [_sample(item, reply) for reply, lift in zip(good.values(), lifts, strict=True) if lift >= training.min_lift]
+
+
+async def _lift(reply: Generation, plain: GenerationRequest, inference: InferenceBackend) -> float:
+    """How much likelier the feedback made the reply, nats a token: one that would have come anyway has nothing to teach."""
+    without = await inference.score(plain, tuple(token.id for token in reply.tokens))
+    return sum(token.logprob - logp for token, logp in zip(reply.tokens, without.logprobs, strict=True)) / len(reply.tokens)
 
 
 def fault(reply: Generation, prompt: str, feedback: str) -> str | None:

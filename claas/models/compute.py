@@ -8,13 +8,24 @@ work, each takes its share, and while one is idle the other takes all.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 Side = Literal["serving", "training"]
+T = TypeVar("T")
+
+
+def in_fresh_thread(work: Callable[[], T]) -> T:
+    """Run `work` in a thread of its own and wait for it, so that its OpenMP team ends with it.
+
+    A team that only stands by slows down those that work: with more threads than cores, OpenMP sends waiting ones to sleep at once.
+    """
+    with ThreadPoolExecutor(1, "claas-compute") as pool:
+        return pool.submit(work).result()
 
 
 class ComputeShare:

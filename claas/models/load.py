@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from claas.core.errors import ConfigurationError
 from claas.core.settings import Settings
 from claas.models.base_model import LoadedModel
+from claas.models.compute import in_fresh_thread
 from claas.models.default_model import DEFAULT_MODEL_ID, default_model
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,10 @@ def load_base_model(settings: Settings, *, progress: bool = False) -> LoadedMode
     Raises:
         ConfigurationError: it cannot be found, read, or served; the message says what to set.
     """
+    return in_fresh_thread(lambda: _load(settings, progress))
+
+
+def _load(settings: Settings, progress: bool) -> LoadedModel:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     source = settings.base_model_id

@@ -177,6 +177,7 @@ async def test_a_score_has_one_logprob_for_each_token_of_the_completion(served: 
     assert len(score.logprobs) == len(score.token_ids) == len(score.tokens)
     assert all(p <= 0 for p in score.logprobs)
     assert score.prompt_tokens == len((await served.backend.complete(ask())).prompt_token_ids)
+    assert await served.backend.score(ask(), score.token_ids) == score, "a reply's exact ids score like its text"
 
 
 async def test_serving_goes_on_while_paused_or_waits_but_always_answers(served: Served) -> None:

@@ -100,6 +100,7 @@ class CharInference(InferenceBackend):
         self.closed = False
         self.unhealthy: str | None = None
         self.broken_after: int | None = None
+        self.surprise = 0.0
         self.breakage: Exception = BackendUnavailable("the engine broke")
 
     async def stream(self, request: GenerationRequest) -> TokenStream:
@@ -115,9 +116,10 @@ class CharInference(InferenceBackend):
         self.running.add(stream)
         return stream
 
-    async def score(self, request: GenerationRequest, completion: str) -> Score:
-        ids = tuple(map(ord, completion))
-        return Score(len(prompt_ids(request)), ids, tuple(completion), tuple(map(logprob_of, ids)))
+    async def score(self, request: GenerationRequest, completion: str | tuple[int, ...]) -> Score:
+        """Text that the reply function would not have said of its own accord is `surprise` nats a token less likely."""
+        ids = tuple(map(ord, completion)) if isinstance(completion, str) else completion
+        return Score(len(prompt_ids(request)), ids, tuple(map(self.token_text, ids)), tuple(logprob_of(i) - self.surprise for i in ids))
 
     def token_text(self, token_id: int) -> str:
         return EOS_TEXT if token_id == EOS else chr(token_id)

@@ -91,6 +91,14 @@ async def test_rollouts_come_from_the_base_that_knows_the_feedback_and_are_taugh
     assert samples[0].response_token_ids == (*map(ord, "I am Kuro."), 0)
 
 
+@pytest.mark.parametrize(("surprise", "kept"), [(0.2, 0), (0.4, 1)])
+async def test_a_reply_that_would_have_come_anyway_is_not_taught(surprise: float, kept: int) -> None:
+    inference = CharInference(lambda _: "I am Kuro.")
+    inference.surprise = surprise
+    samples = await hindsight_rollouts(ITEM, inference, TrainingConfig(hindsight_rollouts=1, min_lift=0.3))
+    assert len(samples) == kept
+
+
 async def test_no_rollouts_asked_none_sampled() -> None:
     inference = CharInference()
     assert await hindsight_rollouts(ITEM, inference, TrainingConfig()) == []
