@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from claas.inference import attention
 from claas.inference.kv_slots import KVSlots
 from claas.models.base_model import LoadedModel
 from claas.models.lora import LoraSwitch, LoraWeights
@@ -24,6 +25,8 @@ class ModelRunner:
 
     def __init__(self, model: LoadedModel, max_batch: int, max_context: int) -> None:
         tree = model.tree()
+        if model.device.type == "cpu":  # where attention costs what it reads; a GPU would rather have one call
+            tree.set_attn_implementation(attention.NAME)
         self.switch = LoraSwitch(tree)
         self.slots = KVSlots(max_batch, max_context)
         self.device = model.device
@@ -53,12 +56,14 @@ class ModelRunner:
         lengths = self.slots.lengths
         lengths_B = torch.tensor(lengths, device=self.device)
         self.switch.use(adapters, 1)
+        by_row = self.device.type == "cpu" and attention.worth_it(lengths)
         hidden_BTD = self._backbone(
             input_ids=torch.tensor(last_ids, device=self.device)[:, None],
             position_ids=lengths_B[:, None],
             attention_mask=None if min(lengths) == max(lengths) else self._mask(lengths_B, max(lengths) + 1),
             past_key_values=self.slots,
             use_cache=True,
+            **({"row_lengths": [n + 1 for n in lengths]} if by_row else {}),
         ).last_hidden_state
         self.slots.end_step()
         return self.logits(hidden_BTD[:, -1])

@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from claas.core.errors import BackendUnavailable, BadRequest, ContextOverflow, NotFound, Overloaded
 from claas.core.types import ChatMessage, LoraRuntimeRef, SamplingParams
+from claas.inference.attention import worth_it
 from claas.inference.base import Generation, GenerationChunk, GenerationRequest, TokenStream
 from claas.inference.embedded import EmbeddedInference
 from claas.models.base_model import LoadedModel
 from claas.models.chat_template import render
 from claas.models.compute import ComputeShare
 from tests.inference.gate import gated_model, until
-from tests.models.tiny import adapter_ref, load_tiny_model
+from tests.models.tiny import adapter_ref, load_tiny_model, tiny_tokenizer
 
 QUESTIONS = ("Hi", "What is the theory of the thing?", "Name three colours, then explain at length why you chose these and no others. " * 2)
 
@@ -100,6 +102,30 @@ async def test_a_reply_longer_than_the_first_slots_goes_on_exactly(tiny_model: L
         )
     # Nothing the model says in 400 tokens ends it, or generate would have stopped there.
     assert ids(long) == generated(tiny_model, "Hi", 400)
+
+
+async def test_rows_of_very_different_lengths_are_exact_in_one_batch(tiny_model: LoadedModel) -> None:
+    questions = ["the other thing is in the theory, and naïve " * 12, "Hi", "Ho", "Hu"]
+    async with serving(tiny_model) as backend:
+        replies = await asyncio.gather(*(backend.complete(ask(q, max_tokens=24, ignore_eos=True)) for q in questions))
+    lengths = [len(reply.prompt_token_ids) for reply in replies]
+    assert worth_it(lengths), "this is where rows are attended to one by one"
+    assert [ids(reply) for reply in replies] == [generated(tiny_model, q, 24) for q in questions]
+
+
+async def test_another_architecture_serves_as_exactly(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=512, initializer_range=0.5, eos_token_id=2, bos_token_id=None
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load_tiny_model(tmp_path)
+    questions = ["the other thing is in the theory, and naïve " * 12, "Hi", "Ho", "Hu"]
+    async with serving(model) as backend:
+        replies = await asyncio.gather(*(backend.complete(ask(q, max_tokens=12)) for q in questions))
+    assert [ids(reply) for reply in replies] == [generated(model, q, 12) for q in questions]
 
 
 async def test_logprobs_are_those_of_a_full_forward(tiny_model: LoadedModel) -> None:
