@@ -126,3 +126,28 @@ def test_in_background_is_gone_afterwards(tmp_path: Path) -> None:
             server.bind("127.0.0.1", port)
     assert live.world.engine.closed
     server.bind("127.0.0.1", port).close()
+
+
+@pytest.mark.model
+def test_the_real_service_starts_answers_and_stops(model_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "claas", "serve", "--port", "0", "--data-dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            told = process.stdout.readline()
+            url = told.split()[3]
+            assert told == f"CLaaS listens on {url} (Ctrl-C stops it)\n"
+            with Client(url) as client:
+                assert client.health()["status"] == "healthy"
+                reply = client.chat(
+                    client.default_model(), [{"role": "user", "content": "What is the capital of France?"}], temperature=0.0
+                )
+            assert (reply.speaker, "Paris" in reply.text) == ("assistant@0", True)
+            process.send_signal(signal.SIGINT)
+            rest, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == 0
+        assert "model   SmolLM2-135M-Instruct" in rest
+        assert rest.endswith("Stopped.\n")
+        assert errors == ""
