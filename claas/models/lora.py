@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from claas.adapters.store import CONFIG, WEIGHTS
 from claas.core.errors import BadRequest, NotFound
 
-MAX_PACKS = 4
+MAX_PACKS = 2
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
 
 
@@ -130,7 +130,7 @@ class LoraSwitch:
         self._used = wanted
 
     def _pack(self, active: tuple[LoraWeights, ...]) -> dict[str, _Pack]:
-        """The adapters' matrices side by side, layer by layer. The last few are kept: prefill and decoding take turns."""
+        """The adapters' matrices side by side, layer by layer. The last two are kept: prefill and decoding take turns."""
         if active in self._packs:
             self._packs.move_to_end(active)
             return self._packs[active]

