@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from claas.core.errors import BadRequest, NotFound
 from claas.models.base_model import LoadedModel
 from claas.models.lora import MAX_PACKS, LoraSwitch, LoraWeights, lora_dtype, read_lora
-from tests.models.tiny import write_adapter
+from tests.models.tiny import load_tiny_model, write_adapter
 
 CPU = torch.device("cpu")
 IDS_BT = torch.arange(3, 27).view(4, 6)
@@ -77,11 +77,13 @@ def test_the_trees_share_their_weights_and_not_their_adapters(tiny_model: Loaded
     assert all(parameter.data_ptr() == base[name].data_ptr() for name, parameter in tree.named_parameters())
 
 
-def test_bfloat16_models_take_float32_adapters_on_a_cpu(tiny_model: LoadedModel, tmp_path: Path) -> None:
+def test_bfloat16_models_take_float32_adapters_on_a_cpu(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert lora_dtype(CPU, torch.bfloat16) == torch.float32
     assert lora_dtype(torch.device("cuda"), torch.bfloat16) == torch.bfloat16
-    folder = write_adapter(tmp_path, tiny_model, seed=1)
-    tree, other = tiny_model.tree().to(torch.bfloat16), tiny_model.tree().to(torch.bfloat16)
+    model = load_tiny_model(tiny_model_dir)  # its own, since trees share what `to` changes
+    folder = write_adapter(tmp_path, model, seed=1)
+    model.module.to(torch.bfloat16)
+    tree, other = model.tree(), model.tree()
     switch = LoraSwitch(tree)
     switch.use([read(folder)] * 4, 6)
     torch.testing.assert_close(logits(tree), logits(PeftModel.from_pretrained(other, str(folder))), atol=0.1, rtol=0.05)
