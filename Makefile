@@ -47,7 +47,7 @@ coverage: setup ## show the lines that the last `make test` did not run
 	$(BIN)/python -m coverage report --show-missing --skip-covered
 
 demo: setup ## teach the default model its name, and watch it
-	@$(BIN)/claas teach --feedback "$(FEEDBACK)" --expect Kuro --rounds 3 \
+	@$(BIN)/claas teach --feedback "$(FEEDBACK)" --expect Kuro --rounds 2 \
 	  --prompt "Who are you?" --prompt "What is your name?" --prompt "Hi! Please introduce yourself." --prompt "Hello, who am I talking to?" \
 	  --probe "What should I call you?" --probe "Tell me your name, please." --probe "Good morning! And you are?" \
 	  --probe "Introduce yourself in one sentence." --probe "Do you have a name?" \

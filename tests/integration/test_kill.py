@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import sqlite3
 import threading
 import time
 from collections.abc import Iterable
@@ -15,8 +14,12 @@ from typing import Any
 import httpx
 import pytest
 from safetensors.numpy import load_file
+from sqlalchemy import create_engine, select
+from sqlalchemy import text as sql
+from sqlalchemy.orm import Session
 
 from claas.adapters.store import CONFIG, MANIFEST, OPTIMIZER, WEIGHTS
+from claas.storage.models import FeedbackRow, RolloutRow
 from tests.integration.process import Service, running
 
 KILLS = 20
@@ -51,9 +54,14 @@ def check_versions(adapter: Path, listed: dict[str, Any]) -> None:
 
 def stored(data: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Rollouts (id to text) and feedback (id to text) as the database has them."""
-    with sqlite3.connect(data / "claas.db") as database:
-        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        return dict(database.execute("SELECT id, text FROM rollouts")), dict(database.execute("SELECT id, feedback FROM feedback"))
+    engine = create_engine(f"sqlite:///{data / 'claas.db'}")
+    try:
+        with Session(engine) as session:
+            assert session.execute(sql("PRAGMA integrity_check")).scalar() == "ok"
+            rollouts = {row.id: row.text for row in session.scalars(select(RolloutRow))}
+            return rollouts, {row.id: row.feedback for row in session.scalars(select(FeedbackRow))}
+    finally:
+        engine.dispose()
 
 
 def check_nothing_hangs(service: Service, listed: dict[str, Any], feedback_ids: Iterable[str]) -> int:
