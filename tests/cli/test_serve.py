@@ -144,7 +144,9 @@ def test_the_real_service_starts_answers_and_stops(model_dir: Path, tmp_path: Pa
                 )
             assert (reply.speaker, "Paris" in reply.text) == ("assistant@0", True)
             process.send_signal(signal.SIGINT)
-            rest, errors = process.communicate(timeout=60)
+            process.wait(60)
+            assert process.stderr is not None
+            rest, errors = process.stdout.read(), process.stderr.read()  # communicate() would miss what readline() has buffered
         finally:
             process.kill()
         assert process.returncode == 0
