@@ -90,5 +90,8 @@ def _binaries() -> Path:
     """Where Debian keeps the server's programs, newest version first."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[4]), reverse=True)
     if not found:
-        pytest.fail("these tests need a real PostgreSQL server: install Debian's package `postgresql` (apt-get install postgresql)")
+        missing = "these tests need a real PostgreSQL server: install Debian's package `postgresql` (apt-get install postgresql)"
+        if "CI" in os.environ:
+            pytest.fail(missing)
+        pytest.skip(missing)  # a laptop with Python, pip and make only still has the tests on SQLite
     return found[0].parent
