@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from claas.models.compute import ComputeShare
+from claas.models.compute import ComputeShare, in_fresh_thread
 
 
 @pytest.mark.parametrize(("cores", "serving", "training"), [(1, 1, 1), (2, 1, 1), (3, 2, 1), (8, 4, 4)])
@@ -69,3 +69,9 @@ def test_a_threads_count_is_its_own_from_its_first_use_on() -> None:
 def test_applying_outside_is_a_mistake() -> None:
     with pytest.raises(AssertionError, match="belongs inside"):
         ComputeShare(2).apply()
+
+
+def test_a_fresh_thread_returns_and_raises_what_its_work_does() -> None:
+    assert in_fresh_thread(threading.current_thread) is not threading.current_thread()
+    with pytest.raises(ZeroDivisionError):
+        in_fresh_thread(lambda: 1 // 0)
