@@ -1,4 +1,4 @@
-"""Lesson settings by the size of the base model. Decided by measurement: docs/decisions/0005-learning-defaults.md."""
+"""Lesson settings by the size of the base model. Decided by measurement: docs/decisions/0004-learning-defaults.md."""
 
 from __future__ import annotations
 
