@@ -17,6 +17,7 @@ from claas.learning.feedback_store import FeedbackStore
 from claas.learning.journal import Journal
 from claas.learning.learner import Learner
 from claas.learning.ledger import Ledger
+from claas.learning.lesson_book import LessonBook
 from claas.learning.lifecycle import AdapterLifecycle
 from claas.learning.locks import AdapterLocks
 from claas.learning.recovery import recover
@@ -73,9 +74,10 @@ async def open_services(settings: Settings, *, progress: bool = False) -> AsyncI
         rollouts = SqlRolloutStore(database, max_count=settings.completion_cache_size, max_age_days=settings.rollout_max_age_days)
         feedback = FeedbackStore(database)
         journal = Journal(database, settings.log_dir)
+        book = LessonBook(database)
         locks = AdapterLocks(settings.feedback_lock_timeout_s)
-        learner = Learner(engine, inference, rollouts, Ledger(feedback, journal, engine), locks, base.id)
-        lifecycle = AdapterLifecycle(engine, inference, rollouts, feedback, journal, locks, base.id)
+        learner = Learner(engine, inference, rollouts, Ledger(feedback, journal, engine), book, locks, base.id)
+        lifecycle = AdapterLifecycle(engine, inference, rollouts, feedback, journal, book, locks, base.id)
         # Closed in reverse: no new tokens, no new steps, then what still waits for either ends and is written down.
         stack.push_async_callback(learner.aclose)
         stack.push_async_callback(engine.aclose)

@@ -116,9 +116,11 @@ class TrainingConfig(Frozen):
     min_lift: mean log-likelihood gain, in nats a token, that the feedback must give a rollout for it to be taught.
     own_replies: teach the reply itself beside its hindsight rollouts; False teaches it only where no rollout of it was good.
     anchors: replies of the base model to unrelated prompts that the lesson must leave as they are.
+    replay: samples of the adapter's earlier lessons that are rehearsed beside the new one, each judged with its own feedback in view.
     min_signal: mean loss in nats a token under which the lesson counts as known and is skipped.
     max_kl: realised mean KL(new‖old) in nats a token on the lesson's own tokens above which the step is undone.
     max_anchor_kl: mean KL(base‖new) in nats a token on the anchors above which the step is undone.
+    max_forgetting: rise of the replayed samples' mean loss in nats a token above which the step is undone.
     """
 
     learning_rate: float = Field(default=3e-5, gt=0.0, le=1.0)
@@ -136,9 +138,11 @@ class TrainingConfig(Frozen):
     min_lift: float = 0.0
     own_replies: bool = True
     anchors: int = Field(default=0, ge=0, le=12)
+    replay: int = Field(default=0, ge=0, le=64)
     min_signal: float = Field(default=1e-4, ge=0.0)
     max_kl: float = Field(default=10.0, gt=0.0)
     max_anchor_kl: float = Field(default=0.25, gt=0.0)
+    max_forgetting: float = Field(default=0.1, gt=0.0)
 
 
 class DistillBatchItem(Frozen):
@@ -146,7 +150,8 @@ class DistillBatchItem(Frozen):
 
     `source` says whose sample y is: the student's own (`sampled`), the teacher's with the feedback in view (`hindsight`; its
     `response_logprobs` may be empty, since no importance ratio applies), or the base model's on an unrelated prompt (`anchor`).
-    A sample that is not `taught` has no loss: its logprob before and after the lesson is reported.
+    A sample that is not `taught` has no loss: its logprob before and after the lesson is reported. One that is `replayed` belongs to an
+    earlier lesson, whose feedback it carries.
     """
 
     prompt: str
@@ -159,6 +164,7 @@ class DistillBatchItem(Frozen):
     template_kwargs: dict[str, JsonValue] = {}
     source: SampleSource = "sampled"
     taught: bool = True
+    replayed: bool = False
     version: int | None = None
     completion_id: str | None = None
 

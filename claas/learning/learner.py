@@ -14,6 +14,7 @@ from claas.learning.anchors import Anchors
 from claas.learning.checks import find_collapse
 from claas.learning.hindsight_rollouts import hindsight_rollouts
 from claas.learning.ledger import Ledger
+from claas.learning.lesson_book import LessonBook, TaughtLesson, rehearsal
 from claas.learning.locks import AdapterLocks
 from claas.learning.resolve import ResolvedLesson, resolve
 from claas.learning.show import show
@@ -21,6 +22,9 @@ from claas.learning.stopwatch import Stopwatch
 from claas.learning.types import LessonRequest, LessonResult
 from claas.rollouts.store import RolloutStore
 from claas.training.engine.base import TrainingEngine
+
+SECOND_TRY = 0.3
+"""The share of the learning rate with which an undone lesson is tried again."""
 
 
 class Learner:
@@ -32,6 +36,7 @@ class Learner:
         inference: InferenceBackend,
         rollouts: RolloutStore,
         ledger: Ledger,
+        book: LessonBook,
         locks: AdapterLocks,
         base_model_id: str,
     ) -> None:
@@ -39,6 +44,7 @@ class Learner:
         self._inference = inference
         self._rollouts = rollouts
         self._ledger = ledger
+        self._book = book
         self._locks = locks
         self._base_model_id = base_model_id
         self._anchors = Anchors(inference)
@@ -71,29 +77,43 @@ class Learner:
                 await self._ledger.begin(feedback_ids)
                 parent = await self._engine.lora_runtime_ref(lesson.lora_id)
                 with watch.phase("rollouts"):
-                    payload = await self._rehearse(lesson.payload(feedback_ids), parent.version)
-                with watch.phase("distill"):
-                    async with self._inference.paused():
-                        step = await self._engine.distill(payload)
-                with watch.phase("check"):
-                    step = await self._check(step, parent)
+                    payload = await self._prepare(lesson.payload(feedback_ids), parent)
+                step = await self._distill(payload, parent, watch)
                 with watch.phase("save"):
-                    version = await self._publish(step, parent)
+                    version = await self._publish(step, payload, parent)
                 shown = await show(lesson, version, self._inference) if lesson.request.show else ()
                 return await self._ledger.record(lesson, payload, feedback_ids, step, watch.timing_ms(), shown)
         except BaseException as error:
             await self._ledger.fail(feedback_ids, error)
             raise
 
-    async def _rehearse(self, payload: DistillBatchRequestPayload, turn: int) -> DistillBatchRequestPayload:
-        """The lesson with its hindsight rollouts and the anchors it must leave alone."""
+    async def _prepare(self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef) -> DistillBatchRequestPayload:
+        """The lesson with its hindsight rollouts, samples of earlier lessons, and the anchors it must leave alone."""
         training = payload.training
         found = await asyncio.gather(*(hindsight_rollouts(item, self._inference, training) for item in payload.samples))
         own = [
             item.model_copy(update={"taught": training.own_replies or not good}) for item, good in zip(payload.samples, found, strict=True)
         ]
-        anchors = await self._anchors.take(training.anchors, turn)
-        return payload.model_copy(update={"samples": [*own, *chain.from_iterable(found), *anchors]})
+        learnt = await self._book.learnt(parent.lora_id, parent.version, await self._engine.versions(parent.lora_id))
+        earlier = rehearsal(learnt, training.replay, parent.version)
+        anchors = await self._anchors.take(training.anchors, parent.version)
+        return payload.model_copy(update={"samples": [*own, *chain.from_iterable(found), *earlier, *anchors]})
+
+    async def _distill(self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, watch: Stopwatch) -> DistillResponse:
+        """The step, checked. What did harm is tried once more with smaller updates."""
+        step = await self._try(payload, parent, watch)
+        if step.metadata["outcome"] != "undone":
+            return step
+        training = payload.training.model_copy(update={"learning_rate": payload.training.learning_rate * SECOND_TRY})
+        again = await self._try(payload.model_copy(update={"training": training}), parent, watch)
+        return again.model_copy(update={"metadata": again.metadata | {"first_try": step.metadata["reason"]}})
+
+    async def _try(self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, watch: Stopwatch) -> DistillResponse:
+        with watch.phase("distill"):
+            async with self._inference.paused():
+                step = await self._engine.distill(payload)
+        with watch.phase("check"):
+            return await self._check(step, parent)
 
     async def _check(self, step: DistillResponse, parent: LoraRuntimeRef) -> DistillResponse:
         """The step as it is if its version is fit to serve; otherwise undone, with the reason, and its version gone."""
@@ -107,9 +127,19 @@ class Learner:
         await self._engine.discard(candidate.lora_id, candidate.version)
         return step.model_copy(update={"metadata": step.metadata | {"outcome": "undone", "reason": reason, "version": None}})
 
-    async def _publish(self, step: DistillResponse, parent: LoraRuntimeRef) -> LoraRuntimeRef:
+    async def _publish(self, step: DistillResponse, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef) -> LoraRuntimeRef:
         """From here on the new version serves. Returns what serves: the new version, or its parent if there is none."""
         if step.metadata["version"] is None:
             return parent
+        taught = tuple(sample for sample in payload.samples if sample.source != "anchor" and not sample.replayed)
+        await self._book.add(
+            TaughtLesson(
+                lora_id=step.lora_id,
+                version=step.metadata["version"],
+                parent=parent.version,
+                feedback_ids=payload.feedback_ids,
+                samples=taught,
+            )
+        )
         await self._engine.promote(step.lora_id, step.metadata["version"])
         return await self._engine.lora_runtime_ref(step.lora_id)

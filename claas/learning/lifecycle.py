@@ -10,6 +10,7 @@ from claas.core.types import AdapterVersion, LoraExportPayload, LoraInitRequest,
 from claas.inference.base import InferenceBackend
 from claas.learning.feedback_store import FeedbackStore
 from claas.learning.journal import Journal
+from claas.learning.lesson_book import LessonBook
 from claas.learning.locks import AdapterLocks
 from claas.rollouts.store import RolloutStore
 from claas.training.engine.base import TrainingEngine
@@ -25,6 +26,7 @@ class AdapterLifecycle:
         rollouts: RolloutStore,
         feedback: FeedbackStore,
         journal: Journal,
+        book: LessonBook,
         locks: AdapterLocks,
         base_model_id: str,
     ) -> None:
@@ -33,6 +35,7 @@ class AdapterLifecycle:
         self._rollouts = rollouts
         self._feedback = feedback
         self._journal = journal
+        self._book = book
         self._locks = locks
         self._base_model_id = base_model_id
 
@@ -98,7 +101,7 @@ class AdapterLifecycle:
             return ref
 
     async def delete(self, lora_id: str) -> None:
-        """Remove the adapter and all that was kept of it: versions, rollouts, feedback, steps. Raises NotFound."""
+        """Remove the adapter and all that was kept of it: versions, rollouts, feedback, steps, lessons. Raises NotFound."""
         parse_adapter_id(lora_id)
         async with self._locks.hold(lora_id):
             if not (await self._engine.delete_lora(lora_id)).deleted:
@@ -107,3 +110,4 @@ class AdapterLifecycle:
             await self._rollouts.delete_adapter(lora_id)
             await self._feedback.delete_adapter(lora_id)
             await self._journal.delete_adapter(lora_id)
+            await self._book.delete_adapter(lora_id)

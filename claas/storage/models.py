@@ -103,3 +103,15 @@ class StepRow(Base):
     timing_ms: Mapped[dict[str, int]] = mapped_column(JSON)
     log_path: Mapped[str | None] = mapped_column(Name)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class LessonRow(Base):
+    """What a version was taught beyond its parent, and the samples that taught it."""
+
+    __tablename__ = "lessons"
+
+    lora_id: Mapped[str] = mapped_column(Name, primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    parent: Mapped[int]
+    feedback_ids: Mapped[list[str]] = mapped_column(JSON)
+    samples: Mapped[list[dict[str, Any]]] = mapped_column(JSON)

@@ -40,6 +40,7 @@ class Sample:
     on_policy: bool
     age: int
     taught: bool = True
+    replayed: bool = False
 
     @property
     def length(self) -> int:
@@ -78,12 +79,13 @@ def prepare(
         teacher=teacher if own else "base",
         student_prompt=item.prompt_token_ids,
         teacher_prompt=item.prompt_token_ids if plain else render(hindsight_messages(item.messages, item.feedback), template),
-        control_prompt=render(hindsight_messages(item.messages, control_feedback), template) if own else None,
+        control_prompt=render(hindsight_messages(item.messages, control_feedback), template) if own and not item.replayed else None,
         response=item.response_token_ids,
         served_logp=item.response_logprobs,
         on_policy=not own or item.version is None or item.version == parent,
         age=parent - item.version if own and item.version is not None else 0,
         taught=item.taught,
+        replayed=item.replayed,
     )
     if sample.length > max_context:
         raise Unteachable(

@@ -11,42 +11,41 @@ from torch import Tensor
 
 from claas.core.types import TrainingConfig
 from claas.training.hindsight import HINDSIGHT_VERSION
-from claas.training.report import Cost, MovedToken, OffPolicy, Signal, StepReport, Support, Update
+from claas.training.report import Cost, MovedToken, OffPolicy, Retention, Signal, StepReport, Support, Update
 from claas.training.sdpo import divergence, entropy
-from claas.training.step import MicroBatch, StepResult
+from claas.training.step import MicroBatch, StepResult, of_part, part_means
 
 MOST_MOVED = 10
 
 
-def summarise(
-    result: StepResult, config: TrainingConfig, *, parent: int, version: int | None, token_text: Callable[[int], str]
-) -> StepReport:
-    """All figures of one lesson. `version` is the one published, None unless applied."""
+def summarise(result: StepResult, config: TrainingConfig, *, parent: int, token_text: Callable[[int], str]) -> StepReport:
+    """All figures of one lesson; its version is not known here."""
     return StepReport(
         outcome=result.outcome,
         reason=result.reason,
         parent=parent,
-        version=version,
+        version=None,
         hindsight_version=HINDSIGHT_VERSION,
         signal=_signal(result, token_text),
         support=_support(result.batches),
         off_policy=_off_policy(result, config),
         update=_update(result),
+        retention=_retention(result),
         cost=_cost(result),
         training=config.model_dump(mode="json"),
     )
 
 
 def _signal(result: StepResult, token_text: Callable[[int], str]) -> Signal:
-    loss_N = result.before.divergence
-    teacher_N = torch.cat([b.targets.teacher_logp_N for b in result.batches if b.targets is not None])
-    ratio_N = teacher_N - torch.cat([b.targets.start_logp_N for b in result.batches if b.targets is not None])
-    ids_N = torch.cat([b.student.targets_N for b in result.batches])
+    loss_N = of_part(result.batches, result.before.divergence, "lesson")
+    lesson = [(batch, batch.targets) for batch in result.batches if batch.part == "lesson" and batch.targets is not None]
+    ratio_N = torch.cat([targets.teacher_logp_N - targets.start_logp_N for _, targets in lesson])
+    ids_N = torch.cat([batch.student.targets_N for batch, _ in lesson])
     moved = ratio_N.abs().topk(min(MOST_MOVED, ratio_N.numel())).indices.tolist()
     controls = [
-        divergence(b.targets.start_logp_NS, b.targets.control_logp_NS, b.alpha)
-        for b in result.batches
-        if b.targets is not None and b.targets.control_logp_NS is not None
+        divergence(targets.start_logp_NS, targets.control_logp_NS, batch.alpha)
+        for batch, targets in lesson
+        if targets.control_logp_NS is not None
     ]
     return Signal(
         loss_mean=float(loss_N.mean()),
@@ -105,14 +104,26 @@ def _rows_of(batch: MicroBatch, sample: object) -> Tensor:
 def _update(result: StepResult) -> Update:
     after = result.after
     return Update(
-        loss_before=float(result.before.divergence.mean()),
-        loss_after=float(after.divergence.mean()) if after else None,
+        loss_before=part_means(result.batches, result.before.divergence)["lesson"],
+        loss_after=part_means(result.batches, after.divergence)["lesson"] if after else None,
         reply_logprob_before=result.reply_logp[0],
         reply_logprob_after=result.reply_logp[1],
         grad_norm=result.grad_norms,
         relative_change=result.relative_change,
         realised_kl=float(after.kl_to_start.mean()) if after else None,
         optimizer_steps=len(result.grad_norms),
+    )
+
+
+def _retention(result: StepResult) -> Retention:
+    before = part_means(result.batches, result.before.divergence)
+    after = part_means(result.batches, result.after.divergence) if result.after else {}
+    return Retention(
+        replayed_samples=sum(len(batch.samples) for batch in result.batches if batch.part == "replay"),
+        replay_loss_before=before.get("replay"),
+        replay_loss_after=after.get("replay"),
+        anchor_kl_before=before.get("anchor"),
+        anchor_kl_after=after.get("anchor"),
     )
 
 

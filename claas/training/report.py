@@ -49,7 +49,7 @@ class OffPolicy(Frozen):
 
 
 class Update(Frozen):
-    """What the optimizer did. `relative_change` is ‖ΔBA‖/‖BA‖ over all modules; None from a zero adapter.
+    """What the optimizer did to the lesson's own samples. `relative_change` is ‖ΔBA‖/‖BA‖ over all modules; None from a zero adapter.
 
     `reply_logprob_*` is the mean logprob, in nats a token, of the replies that the feedback was about.
     """
@@ -64,6 +64,16 @@ class Update(Frozen):
     optimizer_steps: int
 
 
+class Retention(Frozen):
+    """What the lesson was to leave alone: mean loss, nats a token, on earlier lessons' samples and on the anchors; None without any."""
+
+    replayed_samples: int
+    replay_loss_before: float | None
+    replay_loss_after: float | None
+    anchor_kl_before: float | None
+    anchor_kl_after: float | None
+
+
 class Cost(Frozen):
     """Tokens through the model, peak memory of the process, seconds by phase."""
 
@@ -75,10 +85,14 @@ class Cost(Frozen):
 
 
 class StepReport(Frozen):
-    """One lesson's outcome and figures. `version` is the published one, None unless applied."""
+    """One lesson's outcome and figures. `version` is the published one, None unless applied.
+
+    `first_try` says why the lesson was undone once already, when this is a second try with a smaller learning rate.
+    """
 
     outcome: StepOutcome
     reason: str | None
+    first_try: str | None = None
     parent: int
     version: int | None
     hindsight_version: int
@@ -86,5 +100,6 @@ class StepReport(Frozen):
     support: Support
     off_policy: OffPolicy
     update: Update
+    retention: Retention
     cost: Cost
     training: dict[str, JsonValue]

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ from claas.training.sdpo import bucket_logp, divergence, importance_ratio, token
 
 CHUNK = 128
 MICRO_BATCH_TOKENS = 1024
+
+Part = Literal["lesson", "replay", "anchor"]
+"""What a sample is there for: to be learnt, to be kept from earlier lessons, or to be left as the base model has it."""
+PARTS: tuple[Part, ...] = ("lesson", "replay", "anchor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class Targets:
 
 @dataclass(slots=True)
 class MicroBatch:
-    """Samples of one source that go through the model together, and their targets once measured."""
+    """Samples of one source and one part that go through the model together, and their targets once measured."""
 
     samples: list[Sample]
     student: Sequences
@@ -54,6 +58,10 @@ class MicroBatch:
     @property
     def source(self) -> SampleSource:
         return self.samples[0].source
+
+    @property
+    def part(self) -> Part:
+        return _part(self.samples[0])
 
     @property
     def tokens(self) -> int:
@@ -137,8 +145,8 @@ class LessonStep:
         """The first gradient step takes the whole lesson, and measures it; with `minibatch`, later ones take a part of it in turn."""
         if turn == 0 or not self._config.minibatch:
             return self._batches
-        kinds = ([b for b in self._batches if b.source != "anchor"], [b for b in self._batches if b.source == "anchor"])
-        return [kind[turn % len(kind)] for kind in kinds if kind]
+        parts = [[batch for batch in self._batches if batch.part == part] for part in PARTS]
+        return [batches[turn % len(batches)] for batches in parts if batches]
 
     def _accumulate(self, batches: Sequence[MicroBatch]) -> Measure:
         """Student forward and backward over the micro-batches, each token weighing the same. Measures targets that are not known yet."""
@@ -246,13 +254,10 @@ class LessonStep:
         """Mean logprob of the user's own replies' tokens in this pass."""
         if measure is None:
             return None
-        logps = [*witnessed, *self._of_source(measure.logp, "sampled")]
+        columns = measure.logp.split([batch.tokens for batch in self._batches])
+        own = [b.part == "lesson" and b.source == "sampled" for b in self._batches]
+        logps = [*witnessed, *(column for column, is_own in zip(columns, own, strict=True) if is_own)]
         return float(torch.cat(logps).mean()) if logps else None
-
-    def _of_source(self, values: Tensor, source: SampleSource) -> list[Tensor]:
-        """The parts of a measure's column that are tokens of this source."""
-        parts = values.split([batch.tokens for batch in self._batches])
-        return [part for part, batch in zip(parts, self._batches, strict=True) if batch.source == source]
 
     def _clip(self) -> float:
         return float(torch.nn.utils.clip_grad_norm_(self._policy.parameters.values(), self._config.max_grad_norm))
@@ -264,25 +269,31 @@ class LessonStep:
         loss = float(measured.divergence.mean())
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return f"loss {loss} or gradient norm {grad_norm} is not finite"
-        if not self._grad_norms and loss < self._config.min_signal:
-            return f"already known: the feedback changes the reply by {loss:.2g} nats a token, under min_signal {self._config.min_signal:g}"
+        if self._grad_norms:
+            return None
+        signal = part_means(self._batches, measured.divergence)["lesson"]
+        if signal < self._config.min_signal:
+            return (
+                f"already known: the feedback changes the reply by {signal:.2g} nats a token, under min_signal {self._config.min_signal:g}"
+            )
         return None
 
     def _harm(self) -> str | None:
         """Why the lesson must be taken back."""
         assert self._before is not None and self._after is not None
-        before, after = float(self._before.divergence.mean()), float(self._after.divergence.mean())
+        config = self._config
         moved = float(self._after.kl_to_start.mean())
-        if not (math.isfinite(after) and math.isfinite(moved)):
+        if not (math.isfinite(float(self._after.divergence.mean())) and math.isfinite(moved)):
             return "the new weights give a loss that is not finite"
-        if after > before:
-            return f"the loss rose from {before:.4g} to {after:.4g}: try a smaller learning_rate"
-        if moved > self._config.max_kl:
-            return f"the policy moved by {moved:.3g} nats a token, over max_kl {self._config.max_kl:g}: try a smaller learning_rate"
-        anchors = self._of_source(self._after.divergence, "anchor")
-        strayed = float(torch.cat(anchors).mean()) if anchors else 0.0
-        if strayed > self._config.max_anchor_kl:
-            return f"replies to unrelated prompts moved by {strayed:.3g} nats a token, over max_anchor_kl {self._config.max_anchor_kl:g}"
+        before, after = (part_means(self._batches, measure.divergence) for measure in (self._before, self._after))
+        if after["lesson"] > before["lesson"]:
+            return f"the loss rose from {before['lesson']:.4g} to {after['lesson']:.4g}: try a smaller learning_rate"
+        if moved > config.max_kl:
+            return f"the policy moved by {moved:.3g} nats a token, over max_kl {config.max_kl:g}: try a smaller learning_rate"
+        if (strayed := after.get("anchor", 0.0)) > config.max_anchor_kl:
+            return f"replies to unrelated prompts moved by {strayed:.3g} nats a token, over max_anchor_kl {config.max_anchor_kl:g}"
+        if (lost := after.get("replay", 0.0) - before.get("replay", 0.0)) > config.max_forgetting:
+            return f"earlier lessons would fade: their loss rose by {lost:.3g} nats a token, over max_forgetting {config.max_forgetting:g}"
         return None
 
     def _finish(self, outcome: StepOutcome, reason: str | None) -> StepResult:
@@ -321,8 +332,28 @@ def _micro_batches(samples: Sequence[Sample], config: TrainingConfig, device: to
             config.alpha if source == "sampled" else 0.0,
         )
         for source in ("sampled", "hindsight", "anchor")
-        for group in micro_batches([s for s in samples if s.source == source], MICRO_BATCH_TOKENS, config.minibatch)
+        for part in PARTS
+        for group in micro_batches([s for s in samples if s.source == source and _part(s) == part], MICRO_BATCH_TOKENS, config.minibatch)
     ]
+
+
+def _part(sample: Sample) -> Part:
+    if sample.source == "anchor":
+        return "anchor"
+    return "replay" if sample.replayed else "lesson"
+
+
+def of_part(batches: Sequence[MicroBatch], values_N: Tensor, part: Part) -> Tensor:
+    """The rows of a measure's column that are tokens of one part, (N_part,); empty if the lesson has none of it."""
+    columns = values_N.split([batch.tokens for batch in batches])
+    chosen = [column for column, batch in zip(columns, batches, strict=True) if batch.part == part]
+    return torch.cat(chosen) if chosen else values_N[:0]
+
+
+def part_means(batches: Sequence[MicroBatch], values_N: Tensor) -> dict[Part, float]:
+    """Mean of a measure's column over the tokens of each part that the lesson has."""
+    present = {batch.part for batch in batches}
+    return {part: float(of_part(batches, values_N, part).mean()) for part in PARTS if part in present}
 
 
 def _old_logp(batch: MicroBatch, targets: Targets, rows: slice) -> Tensor | None:

@@ -26,17 +26,21 @@ from claas.core.types import (
     TrainingConfig,
 )
 from claas.training.engine.base import TrainingEngine
-from claas.training.report import Cost, OffPolicy, Signal, StepReport, Support, Update
+from claas.training.report import Cost, OffPolicy, Retention, Signal, StepReport, Support, Update
 
 WEIGHTS = "adapter_model.safetensors"
 
 
 class MemoryEngine(TrainingEngine):
-    """`outcome` decides what the next lessons come to; with `failure`, `distill` raises it, with `breakage`, listing and health do."""
+    """`outcome` decides what the next lessons come to, and a learning rate over `undo_above` is undone.
+
+    With `failure`, `distill` raises it; with `breakage`, listing and health do.
+    """
 
     def __init__(self, base_model: str = "tiny/base") -> None:
         self.base_model = base_model
         self.outcome: StepOutcome = "applied"
+        self.undo_above: float | None = None
         self.failure: Exception | None = None
         self.before_distill: Callable[[], None] = lambda: None
         self.breakage: Exception | None = None
@@ -56,9 +60,11 @@ class MemoryEngine(TrainingEngine):
         if self.failure is not None:
             raise self.failure
         self.lessons.append(payload)
-        version = self._publish(payload.lora_id, parent, payload.feedback_ids) if self.outcome == "applied" else None
-        reason = None if self.outcome == "applied" else f"the double was told to answer {self.outcome!r}"
-        report = report_of(payload, self.outcome, reason, parent, version)
+        too_large = self.undo_above is not None and payload.training.learning_rate > self.undo_above
+        outcome: StepOutcome = "undone" if too_large else self.outcome
+        version = self._publish(payload.lora_id, parent, payload.feedback_ids) if outcome == "applied" else None
+        reason = None if outcome == "applied" else f"the double was told to answer {outcome!r}"
+        report = report_of(payload, outcome, reason, parent, version)
         return DistillResponse(lora_id=payload.lora_id, metadata=report.model_dump(mode="json"))
 
     async def promote(self, lora_id: str, version: int) -> None:
@@ -178,6 +184,13 @@ def report_of(
             relative_change=None,
             realised_kl=0.125,
             optimizer_steps=1,
+        ),
+        retention=Retention(
+            replayed_samples=sum(sample.replayed for sample in payload.samples),
+            replay_loss_before=None,
+            replay_loss_after=None,
+            anchor_kl_before=None,
+            anchor_kl_after=None,
         ),
         cost=Cost(samples=len(payload.samples), response_tokens=1, forward_tokens=1, peak_memory_bytes=0, seconds={"total": 0.0}),
         training=payload.training.model_dump(mode="json"),

@@ -14,6 +14,7 @@ from claas.learning.feedback_store import FeedbackStore
 from claas.learning.journal import Journal
 from claas.learning.learner import Learner
 from claas.learning.ledger import Ledger
+from claas.learning.lesson_book import LessonBook
 from claas.learning.lifecycle import AdapterLifecycle
 from claas.learning.locks import AdapterLocks
 from claas.services import Services
@@ -43,11 +44,11 @@ async def open_world(folder: Path, **settings: Any) -> AsyncIterator[World]:
     database = Database("sqlite://")
     database.migrate()
     engine, inference, rollouts = MemoryEngine(BASE_MODEL), CharInference(), MemoryRolloutStore()
-    feedback, journal = FeedbackStore(database), Journal(database, folder / "feedback")
+    feedback, journal, book = FeedbackStore(database), Journal(database, folder / "feedback"), LessonBook(database)
     chosen = Settings(data_dir=folder, **settings)
     locks = AdapterLocks(chosen.feedback_lock_timeout_s)
-    learner = Learner(engine, inference, rollouts, Ledger(feedback, journal, engine), locks, BASE_MODEL)
-    lifecycle = AdapterLifecycle(engine, inference, rollouts, feedback, journal, locks, BASE_MODEL)
+    learner = Learner(engine, inference, rollouts, Ledger(feedback, journal, engine), book, locks, BASE_MODEL)
+    lifecycle = AdapterLifecycle(engine, inference, rollouts, feedback, journal, book, locks, BASE_MODEL)
     await lifecycle.init(LoraInitRequest(lora_id=ADAPTER))
     services = Services(chosen, BASE_MODEL, engine, inference, rollouts, feedback, journal, lifecycle, learner)
     try:

@@ -14,6 +14,7 @@ from claas.learning.feedback_store import FeedbackStore
 from claas.learning.journal import Journal
 from claas.learning.learner import Learner
 from claas.learning.ledger import Ledger
+from claas.learning.lesson_book import LessonBook
 from claas.learning.lifecycle import AdapterLifecycle
 from claas.learning.locks import AdapterLocks
 from claas.learning.types import FeedbackItem, LessonRequest
@@ -34,6 +35,7 @@ class School:
     rollouts: SqlRolloutStore
     feedback: FeedbackStore
     journal: Journal
+    book: LessonBook
     locks: AdapterLocks
     learner: Learner
     lifecycle: AdapterLifecycle
@@ -69,10 +71,10 @@ async def school(tmp_path: Path) -> AsyncIterator[School]:
     database.migrate()
     engine, inference = MemoryEngine(), CharInference()
     rollouts = SqlRolloutStore(database, max_count=1000, max_age_days=30)
-    feedback, journal, locks = FeedbackStore(database), Journal(database, tmp_path), AdapterLocks(0.2)
-    learner = Learner(engine, inference, rollouts, Ledger(feedback, journal, engine), locks, engine.base_model)
-    lifecycle = AdapterLifecycle(engine, inference, rollouts, feedback, journal, locks, engine.base_model)
+    feedback, journal, book, locks = FeedbackStore(database), Journal(database, tmp_path), LessonBook(database), AdapterLocks(0.2)
+    learner = Learner(engine, inference, rollouts, Ledger(feedback, journal, engine), book, locks, engine.base_model)
+    lifecycle = AdapterLifecycle(engine, inference, rollouts, feedback, journal, book, locks, engine.base_model)
     await engine.init_lora(LoraInitRequest(lora_id=LORA))
-    yield School(engine, inference, rollouts, feedback, journal, locks, learner, lifecycle, tmp_path)
+    yield School(engine, inference, rollouts, feedback, journal, book, locks, learner, lifecycle, tmp_path)
     await learner.aclose()
     database.close()

@@ -18,6 +18,7 @@ from claas.core.types import (
     LoraRuntimeRef,
     TrainingConfig,
 )
+from claas.learning.learner import SECOND_TRY
 from claas.learning.recovery import INTERRUPTED, recover
 from claas.learning.types import FeedbackItem
 from tests.learning.conftest import LORA, School, lesson
@@ -87,13 +88,49 @@ async def test_a_step_that_was_not_applied_changes_nothing(school: School, outco
 
 async def test_a_collapsed_version_is_undone_and_gone(school: School) -> None:
     await school.rollout()
-    school.inference.reply = lambda r: "a " * 60 if r.adapter is not None and r.adapter.version == 1 else "Paris."
+    school.inference.reply = lambda r: "a " * 60 if r.adapter is not None and r.adapter.version > 0 else "Paris."
     result = await school.learner.learn(lesson())
     assert (result.outcome, result.version, result.distill_result.metadata["version"]) == ("undone", 0, None)
     assert result.reason is not None and "loop" in result.reason
+    assert await school.book.learnt(LORA, 0) == []
     assert [v.version for v in await school.engine.versions(LORA)] == [0]
     school.inference.reply = lambda _: "fine"
-    assert (await school.learner.learn(lesson(request_id="lesson-2"))).version == 2, "the discarded number is not used again"
+    assert (await school.learner.learn(lesson(request_id="lesson-2"))).version == 3, "discarded numbers are not used again"
+
+
+async def test_what_did_harm_is_tried_once_more_with_a_smaller_learning_rate(school: School) -> None:
+    await school.rollout()
+    school.engine.undo_above = 2e-5
+    result = await school.learner.learn(lesson())
+    first, second = school.engine.lessons
+    assert second.training == first.training.model_copy(update={"learning_rate": first.training.learning_rate * SECOND_TRY})
+    assert second.samples == first.samples
+    assert (result.outcome, result.version) == ("applied", 1)
+    assert result.distill_result.metadata["first_try"] == "the double was told to answer 'undone'"
+    school.engine.undo_above = 0.0
+    await school.learner.learn(lesson(request_id="lesson-2"))
+    assert len(school.engine.lessons) == 4, "twice undone is undone"
+
+
+async def test_earlier_lessons_are_rehearsed_until_a_rollback_leaves_them_behind(school: School) -> None:
+    async def teach(n: int) -> DistillBatchRequestPayload:
+        await school.rollout(f"chatcmpl-{n}")
+        item = FeedbackItem(feedback=f"Lesson {n}.", completion_id=f"chatcmpl-{n}", training={"replay": 4, "anchors": 1})
+        await school.learner.learn(lesson(item, request_id=f"lesson-{n}"))
+        return school.engine.lessons[-1]
+
+    def rehearsed(payload: DistillBatchRequestPayload) -> list[str]:
+        return sorted(sample.feedback for sample in payload.samples if sample.replayed)
+
+    assert rehearsed(await teach(1)) == []
+    assert rehearsed(await teach(2)) == ["Lesson 1."]
+    third = await teach(3)
+    assert rehearsed(third) == ["Lesson 1.", "Lesson 2."]
+    assert [(s.feedback, s.replayed) for s in third.samples if s.source == "sampled" and not s.replayed] == [("Lesson 3.", False)]
+    await school.lifecycle.rollback(LORA, 1)
+    assert rehearsed(await teach(4)) == ["Lesson 1."]
+    await school.lifecycle.delete(LORA)
+    assert await school.book.learnt(LORA, 4) == []
 
 
 async def test_a_broken_step_keeps_the_feedback_and_the_version_before(school: School) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from claas.core.types import TrainingConfig
 from claas.models.base_model import LoadedModel
 from claas.training import step as step_module
 from claas.training.batch import Sample
+from claas.training.figures import summarise
 from claas.training.policy import Policy
 from claas.training.sdpo import sdpo_loss
 from claas.training.step import CHUNK, LessonStep, StepResult
@@ -322,3 +324,61 @@ def test_a_micro_batch_never_grows_past_its_tokens(policy: Policy, folder: Path)
     result = learn(policy, folder, [sample(n, prompt=100, response=100) for n in range(12)])
     assert len(result.batches) > 1
     assert all(b.student.ids_BL.numel() <= step_module.MICRO_BATCH_TOKENS for b in result.batches)
+
+
+# --- earlier lessons beside the new one ---
+
+
+def test_replay_keeps_what_a_lesson_alone_would_undo(base: LoadedModel, folder: Path) -> None:
+    """Two lessons that pull the same prompt's tokens apart: what was learnt first fades less when it is rehearsed."""
+    earlier, later = sample(1, source="hindsight"), sample(1, source="hindsight", teacher_prompt=sample(9).teacher_prompt)
+    config = CONFIG.model_copy(update={"gradient_steps": 8, "max_forgetting": 100.0})
+
+    def after_both(rehearsed: list[Sample]) -> tuple[float, StepResult]:
+        policy = Policy(base, folder)
+        learn(policy, folder, [earlier], config)
+        result = learn(policy, folder, [later, *rehearsed], config)
+        assert result.outcome == "applied"
+        kept = learn(policy, folder, [earlier], config.model_copy(update={"gradient_steps": 1, "min_signal": 1e6}))
+        return float(kept.before.divergence.mean()), result
+
+    forgotten, _ = after_both([])
+    kept, result = after_both([replace(earlier, replayed=True)])
+    assert kept < 0.7 * forgotten
+    assert [batch.part for batch in result.batches] == ["lesson", "replay"]
+
+
+def test_a_lesson_that_makes_earlier_ones_fade_is_undone(policy: Policy, folder: Path) -> None:
+    earlier = sample(1, source="hindsight")
+    later = sample(1, source="hindsight", teacher_prompt=sample(9).teacher_prompt, response=40)
+    learn(policy, folder, [earlier], CONFIG.model_copy(update={"gradient_steps": 20}))
+    before = policy.snapshot()
+    result = learn(
+        policy, folder, [replace(earlier, replayed=True), later], CONFIG.model_copy(update={"gradient_steps": 4, "max_forgetting": 1e-3})
+    )
+    assert result.outcome == "undone"
+    assert result.reason is not None and "earlier lessons would fade" in result.reason
+    assert same(before, policy.snapshot())
+
+
+def test_the_gate_asks_the_lesson_alone(policy: Policy, folder: Path) -> None:
+    """What is rehearsed may be far from known; what is to be learnt is known already."""
+    known = sample(1, source="hindsight", teacher_prompt=sample(1).student_prompt)
+    result = learn(policy, folder, [known, replace(sample(2, source="hindsight"), replayed=True)])
+    assert (result.outcome, result.after) == ("skipped", None)
+    assert result.reason is not None and "already known" in result.reason
+
+
+def test_the_report_tells_the_lesson_from_what_was_rehearsed(policy: Policy, base: LoadedModel, folder: Path) -> None:
+    lesson, earlier = sample(1, source="hindsight"), replace(sample(2, source="hindsight", response=9), replayed=True)
+    anchor = sample(3, source="anchor", teacher_prompt=sample(3).student_prompt)
+    result = learn(policy, folder, [anchor, earlier, lesson])
+    report = summarise(result, CONFIG, parent=3, token_text=str)
+    alone = learn(Policy(base, folder), folder, [lesson])
+    assert report.update.loss_before == pytest.approx(float(alone.before.divergence.mean()))
+    assert report.signal.loss_mean == pytest.approx(report.update.loss_before)
+    assert {moved.token_id for moved in report.signal.most_moved} <= set(lesson.response)
+    retention = report.retention
+    assert (retention.replayed_samples, retention.anchor_kl_before) == (1, 0.0)
+    assert retention.replay_loss_before is not None and retention.replay_loss_before > 0
+    assert retention.anchor_kl_after is not None and retention.anchor_kl_after > 0

@@ -11,7 +11,6 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 from pydantic import JsonValue
 
@@ -26,7 +25,7 @@ from claas.training.engine.stored import StoredEngine
 from claas.training.figures import summarise
 from claas.training.policy import Policy
 from claas.training.report import StepReport
-from claas.training.step import LessonStep, StepResult
+from claas.training.step import LessonStep
 
 CONTROL_FEEDBACK = "The parcel will arrive on Thursday, between nine and eleven."
 
@@ -73,12 +72,12 @@ class LocalEngine(StoredEngine):
             policy = Policy(self._base, folder)
             optimizer = policy.optimizer(folder, payload.training.learning_rate)
             result = LessonStep(policy, optimizer, payload.training, samples, self._breathe).run()
-            report = partial(summarise, result, payload.training, parent=parent, token_text=self._token_text)
-            if result.outcome != "applied":
-                return report(version=None)
-            with self._store.stage(self._manifest(payload, parent, result)) as staging:
+            report = summarise(result, payload.training, parent=parent, token_text=self._token_text)
+            if report.outcome != "applied":
+                return report
+            with self._store.stage(self._manifest(payload, report)) as staging:
                 policy.save(staging.path, optimizer)
-        return report(version=staging.version)
+        return report.model_copy(update={"version": staging.version})
 
     def _breathe(self) -> None:
         """Between micro-batches: stop if asked to, and take no more cores than serving leaves."""
@@ -106,21 +105,14 @@ class LocalEngine(StoredEngine):
             for item in payload.samples
         ]
 
-    def _manifest(self, payload: DistillBatchRequestPayload, parent: int, result: StepResult) -> AdapterVersion:
-        after = result.after
-        assert after is not None
+    def _manifest(self, payload: DistillBatchRequestPayload, report: StepReport) -> AdapterVersion:
         return AdapterVersion(
             lora_id=payload.lora_id,
             version=0,
-            parent=parent,
+            parent=report.parent,
             base_model=self._base.id,
             feedback_ids=payload.feedback_ids,
-            metrics={
-                "loss_before": float(result.before.divergence.mean()),
-                "loss_after": float(after.divergence.mean()),
-                "realised_kl": float(after.kl_to_start.mean()),
-                "optimizer_steps": len(result.grad_norms),
-            },
+            metrics=report.update.model_dump(include={"loss_before", "loss_after", "realised_kl", "optimizer_steps"}),
         )
 
     def _token_text(self, token_id: int) -> str:
