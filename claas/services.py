@@ -10,6 +10,7 @@ from claas.learning.feedback_store import FeedbackStore
 from claas.learning.journal import Journal
 from claas.learning.learner import Learner
 from claas.learning.lifecycle import AdapterLifecycle
+from claas.learning.retraction import Retraction
 from claas.rollouts.store import RolloutStore
 from claas.training.engine.base import TrainingEngine
 
@@ -27,3 +28,4 @@ class Services:
     journal: Journal
     lifecycle: AdapterLifecycle
     learner: Learner
+    retraction: Retraction

@@ -21,6 +21,8 @@ from claas.learning.lesson_book import LessonBook
 from claas.learning.lifecycle import AdapterLifecycle
 from claas.learning.locks import AdapterLocks
 from claas.learning.recovery import recover
+from claas.learning.retraction import Retraction
+from claas.learning.updater import Updater
 from claas.rollouts.sql import SqlRolloutStore
 from claas.services import Services
 from claas.storage.database import Database
@@ -76,13 +78,16 @@ async def open_services(settings: Settings, *, progress: bool = False) -> AsyncI
         journal = Journal(database, settings.log_dir)
         book = LessonBook(database)
         locks = AdapterLocks(settings.feedback_lock_timeout_s)
-        learner = Learner(engine, inference, rollouts, Ledger(feedback, journal, engine), book, locks, base.id)
+        updater = Updater(engine, inference, book)
+        learner = Learner(engine, inference, rollouts, updater, Ledger(feedback, journal, engine), locks, base.id)
+        retraction = Retraction(engine, updater, feedback, journal, book, locks)
         lifecycle = AdapterLifecycle(engine, inference, rollouts, feedback, journal, book, locks, base.id)
         # Closed in reverse: no new tokens, no new steps, then what still waits for either ends and is written down.
         stack.push_async_callback(learner.aclose)
+        stack.push_async_callback(retraction.aclose)
         stack.push_async_callback(engine.aclose)
         stack.push_async_callback(inference.aclose)
-        services = Services(settings, base.id, engine, inference, rollouts, feedback, journal, lifecycle, learner)
+        services = Services(settings, base.id, engine, inference, rollouts, feedback, journal, lifecycle, learner, retraction)
         await _begin(services)
         yield services
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 
@@ -90,6 +90,14 @@ class Client:
         """Teach one lesson: the same feedback on each of these replies. Returns the service's whole answer once the step is done."""
         entries = [{"completion_id": completion_id, "feedback": feedback} for completion_id in completion_ids]
         return self._json("POST", "/v1/feedback", json={"requests": entries, "show": show})
+
+    def feedback_state(self, feedback_id: str) -> dict[str, Any]:
+        """Where a feedback item stands."""
+        return self._json("GET", f"/v1/feedback/{quote(feedback_id, safe='')}")
+
+    def retract(self, feedback_id: str) -> dict[str, Any]:
+        """Begin to take a lesson back; where its feedback stands."""
+        return self._json("DELETE", f"/v1/feedback/{quote(feedback_id, safe='')}")
 
     # --- Models and adapters ---
 

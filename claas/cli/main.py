@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from claas import __version__
-from claas.cli import adapters, chat, doctor, feedback, serve, teach
+from claas.cli import adapters, chat, doctor, feedback, retract, serve, teach
 from claas.core.errors import ClaasError, ConfigurationError
 
 
@@ -49,6 +49,7 @@ def _root(
 app.command()(serve.serve)
 app.command()(chat.chat)
 app.command()(feedback.feedback)
+app.command()(retract.retract)
 app.command()(teach.teach)
 app.add_typer(adapters.app)
 app.command()(doctor.doctor)

@@ -176,9 +176,10 @@ class DistillBatchItem(Frozen):
 
 
 class DistillBatchRequestPayload(Frozen):
-    """A whole lesson for a training engine."""
+    """A whole lesson for a training engine. `parent` is the version to train from; None the latest."""
 
     lora_id: str
+    parent: int | None = None
     training: TrainingConfig
     samples: list[DistillBatchItem] = Field(min_length=1)
     save_in_place: bool = False

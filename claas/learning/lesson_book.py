@@ -11,7 +11,7 @@ from typing import Any, cast
 from sqlalchemy import CursorResult, delete, select
 from sqlalchemy.orm import Session
 
-from claas.core.types import AdapterVersion, DistillBatchItem, Frozen
+from claas.core.types import AdapterVersion, DistillBatchItem, Frozen, TrainingConfig
 from claas.storage.database import Database
 from claas.storage.models import LessonRow
 
@@ -19,12 +19,13 @@ MAX_LESSONS = 1000
 
 
 class TaughtLesson(Frozen):
-    """A lesson as it was taught: from which version to which, and its own samples (no anchors, no earlier lessons')."""
+    """A lesson as it was taught: from which version to which, how, and its own samples (no anchors, no earlier lessons')."""
 
     lora_id: str
     version: int
     parent: int
     feedback_ids: tuple[str, ...]
+    training: TrainingConfig
     samples: tuple[DistillBatchItem, ...]
 
 

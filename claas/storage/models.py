@@ -106,7 +106,7 @@ class StepRow(Base):
 
 
 class LessonRow(Base):
-    """What a version was taught beyond its parent, and the samples that taught it."""
+    """What a version was taught beyond its parent: how, and the samples that taught it."""
 
     __tablename__ = "lessons"
 
@@ -114,4 +114,5 @@ class LessonRow(Base):
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     parent: Mapped[int]
     feedback_ids: Mapped[list[str]] = mapped_column(JSON)
+    training: Mapped[dict[str, JsonValue]] = mapped_column(JSON)
     samples: Mapped[list[dict[str, Any]]] = mapped_column(JSON)

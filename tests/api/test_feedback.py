@@ -46,6 +46,27 @@ async def test_the_whole_loop(client: httpx.AsyncClient, world: World) -> None:
     assert (await client.post(CHAT, json=HELLO)).headers["x-claas-adapter"] == f"{ADAPTER}@1"
 
 
+async def test_a_lesson_is_retracted_and_the_others_stay(client: httpx.AsyncClient, world: World) -> None:
+    ids = []
+    for _ in range(2):
+        response = await client.post(URL, json=about((await chat(client))["id"]))
+        ids += response.json()["feedback_ids"]
+    answer = await client.delete(f"{URL}/{ids[0]}")
+    assert (answer.status_code, answer.json()["id"], answer.json()["state"]) == (202, ids[0], "applied")
+    await world.services.retraction.aclose()
+    assert [(await client.get(f"{URL}/{feedback_id}")).json()["state"] for feedback_id in ids] == ["retracted", "applied"]
+    assert world.engine.lessons[-1].parent == 0 and world.engine.lessons[-1].feedback_ids == (ids[1],)
+    assert (await client.post(CHAT, json=HELLO)).headers["x-claas-adapter"] == f"{ADAPTER}@3"
+    assert (await client.delete(f"{URL}/{ids[0]}")).json()["state"] == "retracted"
+
+
+async def test_what_cannot_be_retracted(client: httpx.AsyncClient, world: World) -> None:
+    assert_error(await client.delete(f"{URL}/fb-none"), 404, param="id", says="fb-none")
+    world.engine.outcome = "skipped"
+    feedback_id = (await client.post(URL, json=about((await chat(client))["id"]))).json()["feedback_ids"][0]
+    assert_error(await client.delete(f"{URL}/{feedback_id}"), 409, param="id", says="nothing was learnt")
+
+
 async def test_the_upstream_body_is_still_valid(client: httpx.AsyncClient) -> None:
     await chat(client)
     body = {

@@ -11,7 +11,7 @@ ROUTES = {
     "/v1/models/{model}": {"get"},
     "/v1/score": {"post"},
     "/v1/feedback": {"post"},
-    "/v1/feedback/{feedback_id}": {"get"},
+    "/v1/feedback/{feedback_id}": {"get", "delete"},
     "/v1/lora": {"get", "delete"},
     "/v1/lora/init": {"post"},
     "/v1/lora/export": {"get"},

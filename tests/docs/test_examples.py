@@ -71,9 +71,10 @@ def test_documented_requests_are_answered(page: Path, documented: Live, tmp_path
         for command in commands(page):
             if command.startswith("curl"):
                 reply = client.chat("assistant", [{"role": "user", "content": "Who are you?"}])
-                typed = command.replace(DOCUMENTED_URL, documented.url).replace("chatcmpl-...", reply.id)
+                (taught,) = client.feedback([reply.id], "Your name is Kuro.")["feedback_ids"] if "fb-..." in command else ("",)
+                typed = command.replace(DOCUMENTED_URL, documented.url).replace("chatcmpl-...", reply.id).replace("fb-...", taught)
                 answer = curl(typed, tmp_path, authorization=f"Bearer {KEY}")
-                assert answer.status_code == 200, (command, answer.text)
+                assert answer.is_success, (command, answer.text)
 
 
 def test_the_documented_answer_to_feedback_has_the_fields_of_a_real_one(documented: Live) -> None:

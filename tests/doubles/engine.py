@@ -55,7 +55,7 @@ class MemoryEngine(TrainingEngine):
         return TrainingConfig()
 
     async def distill(self, payload: DistillBatchRequestPayload) -> DistillResponse:
-        parent = self._known(payload.lora_id)
+        parent = self._known(payload.lora_id) if payload.parent is None else self._version(payload.lora_id, payload.parent).version
         self.before_distill()
         if self.failure is not None:
             raise self.failure

@@ -17,6 +17,8 @@ from claas.learning.ledger import Ledger
 from claas.learning.lesson_book import LessonBook
 from claas.learning.lifecycle import AdapterLifecycle
 from claas.learning.locks import AdapterLocks
+from claas.learning.retraction import Retraction
+from claas.learning.updater import Updater
 from claas.services import Services
 from claas.storage.database import Database
 from tests.doubles.engine import MemoryEngine
@@ -47,10 +49,12 @@ async def open_world(folder: Path, **settings: Any) -> AsyncIterator[World]:
     feedback, journal, book = FeedbackStore(database), Journal(database, folder / "feedback"), LessonBook(database)
     chosen = Settings(data_dir=folder, **settings)
     locks = AdapterLocks(chosen.feedback_lock_timeout_s)
-    learner = Learner(engine, inference, rollouts, Ledger(feedback, journal, engine), book, locks, BASE_MODEL)
+    updater = Updater(engine, inference, book)
+    learner = Learner(engine, inference, rollouts, updater, Ledger(feedback, journal, engine), locks, BASE_MODEL)
+    retraction = Retraction(engine, updater, feedback, journal, book, locks)
     lifecycle = AdapterLifecycle(engine, inference, rollouts, feedback, journal, book, locks, BASE_MODEL)
     await lifecycle.init(LoraInitRequest(lora_id=ADAPTER))
-    services = Services(chosen, BASE_MODEL, engine, inference, rollouts, feedback, journal, lifecycle, learner)
+    services = Services(chosen, BASE_MODEL, engine, inference, rollouts, feedback, journal, lifecycle, learner, retraction)
     try:
         yield World(services, engine, inference, rollouts, database)
     finally:

@@ -17,7 +17,9 @@ from claas.learning.ledger import Ledger
 from claas.learning.lesson_book import LessonBook
 from claas.learning.lifecycle import AdapterLifecycle
 from claas.learning.locks import AdapterLocks
+from claas.learning.retraction import Retraction
 from claas.learning.types import FeedbackItem, LessonRequest
+from claas.learning.updater import Updater
 from claas.rollouts.sql import SqlRolloutStore
 from claas.storage.database import Database
 from tests.doubles.engine import MemoryEngine
@@ -39,6 +41,7 @@ class School:
     locks: AdapterLocks
     learner: Learner
     lifecycle: AdapterLifecycle
+    retraction: Retraction
     log_dir: Path
 
     async def rollout(self, completion_id: str = "chatcmpl-1", **changes: Any) -> Rollout:
@@ -72,9 +75,11 @@ async def school(tmp_path: Path) -> AsyncIterator[School]:
     engine, inference = MemoryEngine(), CharInference()
     rollouts = SqlRolloutStore(database, max_count=1000, max_age_days=30)
     feedback, journal, book, locks = FeedbackStore(database), Journal(database, tmp_path), LessonBook(database), AdapterLocks(0.2)
-    learner = Learner(engine, inference, rollouts, Ledger(feedback, journal, engine), book, locks, engine.base_model)
+    updater = Updater(engine, inference, book)
+    learner = Learner(engine, inference, rollouts, updater, Ledger(feedback, journal, engine), locks, engine.base_model)
+    retraction = Retraction(engine, updater, feedback, journal, book, locks)
     lifecycle = AdapterLifecycle(engine, inference, rollouts, feedback, journal, book, locks, engine.base_model)
     await engine.init_lora(LoraInitRequest(lora_id=LORA))
-    yield School(engine, inference, rollouts, feedback, journal, book, locks, learner, lifecycle, tmp_path)
+    yield School(engine, inference, rollouts, feedback, journal, book, locks, learner, lifecycle, retraction, tmp_path)
     await learner.aclose()
     database.close()

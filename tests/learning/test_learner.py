@@ -18,9 +18,9 @@ from claas.core.types import (
     LoraRuntimeRef,
     TrainingConfig,
 )
-from claas.learning.learner import SECOND_TRY
 from claas.learning.recovery import INTERRUPTED, recover
 from claas.learning.types import FeedbackItem
+from claas.learning.updater import SECOND_TRY
 from tests.learning.conftest import LORA, School, lesson
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from claas.core.types import AdapterVersion, ChatMessage, DistillBatchItem
+from claas.core.types import AdapterVersion, ChatMessage, DistillBatchItem, TrainingConfig
 from claas.learning.lesson_book import LessonBook, TaughtLesson, rehearsal
 from claas.storage.database import Database
 
 LORA = "me/assistant"
+TRAINING = TrainingConfig(learning_rate=0.125, replay=3)
 
 
 @pytest.fixture
@@ -40,7 +41,9 @@ def item(feedback: str, number: int = 0, *, taught: bool = True) -> DistillBatch
 
 def taught(version: int, parent: int, n_samples: int = 1, lora_id: str = LORA) -> TaughtLesson:
     samples = tuple(item(f"lesson {version}", number) for number in range(n_samples))
-    return TaughtLesson(lora_id=lora_id, version=version, parent=parent, feedback_ids=(f"fb-{version}",), samples=samples)
+    return TaughtLesson(
+        lora_id=lora_id, version=version, parent=parent, feedback_ids=(f"fb-{version}",), training=TRAINING, samples=samples
+    )
 
 
 async def test_a_version_has_learnt_what_its_line_learnt(database: Database) -> None:
@@ -92,6 +95,8 @@ def test_more_lessons_than_places_take_turns() -> None:
 
 
 def test_what_was_not_taught_is_not_rehearsed() -> None:
-    lesson = TaughtLesson(lora_id=LORA, version=1, parent=0, feedback_ids=(), samples=(item("a", taught=False), item("b")))
+    lesson = TaughtLesson(
+        lora_id=LORA, version=1, parent=0, feedback_ids=(), training=TRAINING, samples=(item("a", taught=False), item("b"))
+    )
     assert [sample.feedback for sample in rehearsal([lesson], 4, 0)] == ["b"]
     assert rehearsal([lesson], 0, 0) == [] and rehearsal([], 4, 0) == []

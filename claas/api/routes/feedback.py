@@ -30,3 +30,12 @@ async def give_feedback(body: FeedbackRequest, services: ServicesDep) -> Feedbac
 async def get_feedback(feedback_id: OpaqueId, services: ServicesDep) -> Feedback:
     """Its state, the version it made, and the reason if it made none."""
     return await services.feedback.get(feedback_id)
+
+
+@router.delete("/v1/feedback/{feedback_id}", status_code=202, summary="Retract a lesson")
+async def retract_feedback(feedback_id: OpaqueId, services: ServicesDep) -> Feedback:
+    """Rebuilds the adapter without this feedback, in the background, while the version in service serves on.
+
+    The lesson's later siblings are taught again in order. `GET /v1/feedback/{id}` says "retracted" when the rebuilt version serves.
+    """
+    return await services.retraction.begin(feedback_id)

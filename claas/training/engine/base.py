@@ -32,13 +32,13 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     async def distill(self, payload: DistillBatchRequestPayload) -> DistillResponse:
-        """Train one lesson from the adapter's latest version and publish the result as a new version, without moving `latest`.
+        """Train one lesson from `parent`, or else the latest version, and publish the result as a new version, without moving `latest`.
 
         `metadata` is a `StepReport` as JSON. Its `outcome` is "applied" (then `version` is the new version), "skipped" or "undone"
         (then `version` is None, nothing was written, and `reason` says why).
 
         Raises:
-            NotFound: no such adapter.
+            NotFound: no such adapter or parent.
             BadRequest: a setting this engine has no counterpart for, named.
             StepFailed, StorageFull, BackendUnavailable: nothing was published.
         """

@@ -65,7 +65,7 @@ class LocalEngine(StoredEngine):
         await asyncio.to_thread(self._trainer.shutdown)
 
     def _distill(self, payload: DistillBatchRequestPayload) -> StepReport:
-        parent = self._store.latest(payload.lora_id)
+        parent = self._store.latest(payload.lora_id) if payload.parent is None else payload.parent
         folder = self._store.path(payload.lora_id, parent)
         samples = self._samples(payload, parent)
         with self._share.training():

@@ -16,6 +16,7 @@ def upgrade() -> None:
         sa.Column("version", sa.Integer, nullable=False),
         sa.Column("parent", sa.Integer, nullable=False),
         sa.Column("feedback_ids", sa.JSON, nullable=False),
+        sa.Column("training", sa.JSON, nullable=False),
         sa.Column("samples", sa.JSON, nullable=False),
         sa.PrimaryKeyConstraint("lora_id", "version", name="pk_lessons"),
     )
