@@ -52,8 +52,8 @@ class Policy:
         return hidden_ND
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """The LM head on a chunk of positions, (N, V) in float32."""
-        logits_NV: Tensor = self._head(hidden_ND).float()
+        """The LM head on a chunk of positions, (N, V) in the model's dtype."""
+        logits_NV: Tensor = self._head(hidden_ND)
         return logits_NV
 
     def optimizer(self, folder: Path, learning_rate: float) -> torch.optim.AdamW:
