@@ -24,11 +24,11 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         base: nn.Linear = self.base_layer
         if self.disable_adapters:
-            return base(x)
+            return functional.linear(x, base.weight, base.bias)
         (name,) = self.active_adapters
-        a_RI, b_OR = self.lora_A[name].weight, self.lora_B[name].weight
-        out: Tensor = _LoraProduct.apply(x.flatten(0, -2), base.weight, base.bias, a_RI, b_OR, self.scaling[name])
-        return out.unflatten(0, x.shape[:-1])
+        a_RI, b_OR, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        out_NO: Tensor = _LoraProduct.apply(x.flatten(0, -2), base.weight, base.bias, a_RI, b_OR, scaling)  # type: ignore[no-untyped-call]
+        return out_NO.view(*x.shape[:-1], -1)
 
 
 class _LoraProduct(torch.autograd.Function):

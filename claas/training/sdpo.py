@@ -120,7 +120,7 @@ def _log_masses(logits_TV: Tensor, index_TK: Tensor) -> tuple[Tensor, Tensor]:
     if index_TK.shape[-1] == logits_TV.shape[-1]:
         mass_TS = logits_TV.gather(-1, index_TK).float()
     else:
-        mass_TS = torch.cat(_Buckets.apply(logits_TV, index_TK), dim=-1)
+        mass_TS = torch.cat(_Buckets.apply(logits_TV, index_TK), dim=-1)  # type: ignore[no-untyped-call]
     return mass_TS, mass_TS.logsumexp(-1, keepdim=True)
 
 
