@@ -8,13 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from claas.adapters.store import OPTIMIZER
 from claas.models.base_model import LoadedModel
 from claas.training.batch import Sequences
+from claas.training.lora import LoraLinear
 
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-6
@@ -26,7 +27,9 @@ class Policy:
 
     def __init__(self, base: LoadedModel, folder: Path) -> None:
         self.device = base.device
-        self._peft = PeftModel.from_pretrained(base.tree(), str(folder), is_trainable=True, torch_device=str(base.device))
+        config = LoraConfig.from_pretrained(str(folder))
+        config._register_custom_module({nn.Linear: LoraLinear})
+        self._peft = PeftModel.from_pretrained(base.tree(), str(folder), config=config, is_trainable=True, torch_device=str(base.device))
         causal_lm = self._peft.get_base_model()
         self._backbone: nn.Module = causal_lm.get_decoder()
         self._head: nn.Module = causal_lm.get_output_embeddings()
@@ -49,8 +52,8 @@ class Policy:
         return hidden_ND
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """The LM head on a chunk of positions, (N, V) in float32."""
-        logits_NV: Tensor = self._head(hidden_ND).float()
+        """The LM head on a chunk of positions, (N, V) in the model's dtype."""
+        logits_NV: Tensor = self._head(hidden_ND)
         return logits_NV
 
     def optimizer(self, folder: Path, learning_rate: float) -> torch.optim.AdamW:

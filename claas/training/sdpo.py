@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
+ROWS = 16  # of logits that are worked on at a time: few enough for a CPU's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +74,17 @@ def sdpo_loss(
             f"shapes differ: student {tuple(student_logits_TV.shape)}, teacher {tuple(teacher_logits_TV.shape)}, "
             f"response {tuple(response_ids_T.shape)}, old {None if old_logp_T is None else tuple(old_logp_T.shape)}"
         )
-    student_TV = student_logits_TV.float()
-    teacher_TV = teacher_logits_TV.detach().float()
-    index_TK = top_k_support(student_TV, top_k)
-    student_TS = bucket_logp(student_TV, index_TK)
-    teacher_TS = bucket_logp(teacher_TV, index_TK)
-    student_logp_T = token_logp(student_TV, response_ids_T)
+    index_TK = top_k_support(student_logits_TV, top_k)
+    student_TS, student_logp_T = bucket_and_token_logp(student_logits_TV, index_TK, response_ids_T)
+    teacher_TS, teacher_logp_T = bucket_and_token_logp(teacher_logits_TV.detach(), index_TK, response_ids_T)
     divergence_T = divergence(student_TS, teacher_TS, alpha)
     ratio_T = importance_ratio(student_logp_T, old_logp_T, is_clip)
     return SdpoResult(
         loss_T=divergence_T * ratio_T,
         divergence_T=divergence_T.detach(),
         ratio_T=ratio_T,
-        student_logp_T=student_logp_T.detach(),
-        teacher_logp_T=token_logp(teacher_TV, response_ids_T),
+        student_logp_T=student_logp_T,
+        teacher_logp_T=teacher_logp_T,
         student_logp_TS=student_TS.detach(),
         teacher_logp_TS=teacher_TS,
         index_TK=index_TK,
@@ -100,21 +99,57 @@ def top_k_support(logits_TV: Tensor, k: int) -> Tensor:
 
 
 def bucket_logp(logits_TV: Tensor, index_TK: Tensor) -> Tensor:
-    """Logprobs of the support's tokens and, when K < V, of everything else as one last bucket: (T, S).
+    """Logprobs of the support's tokens and, when K < V, of everything else as one last bucket: (T, S) in float32."""
+    mass_TS, total_T1 = _log_masses(logits_TV, index_TK)
+    return mass_TS - total_T1
 
-    The tail is LSE(rest) − LSE(all). log(1 − Σp) would floor near −16 in float32 and have no gradient there.
-    """
-    total_T1 = logits_TV.logsumexp(-1, keepdim=True)
-    logp_TK = logits_TV.gather(-1, index_TK) - total_T1
-    if index_TK.shape[-1] == logits_TV.shape[-1]:
-        return logp_TK
-    tail_T1 = logits_TV.scatter(-1, index_TK, -math.inf).logsumexp(-1, keepdim=True) - total_T1
-    return torch.cat([logp_TK, tail_T1], dim=-1)
+
+def bucket_and_token_logp(logits_TV: Tensor, index_TK: Tensor, ids_T: Tensor) -> tuple[Tensor, Tensor]:
+    """`bucket_logp` and `token_logp` for one pass over the logits: (T, S), (T,). Only the buckets carry a gradient."""
+    mass_TS, total_T1 = _log_masses(logits_TV, index_TK)
+    return mass_TS - total_T1, (logits_TV.detach().gather(-1, ids_T[:, None]) - total_T1.detach()).squeeze(-1)
 
 
 def token_logp(logits_TV: Tensor, ids_T: Tensor) -> Tensor:
-    """Full-vocabulary logprob of one id in each row, (T,)."""
-    return logits_TV.gather(-1, ids_T[:, None]).squeeze(-1) - logits_TV.logsumexp(-1)
+    """Full-vocabulary logprob of one id in each row, (T,) in float32, without gradient."""
+    return bucket_logp(logits_TV.detach(), ids_T[:, None])[:, 0]
+
+
+def _log_masses(logits_TV: Tensor, index_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-masses of the buckets, not normalised, (T, S), and of all of them together, (T, 1)."""
+    if index_TK.shape[-1] == logits_TV.shape[-1]:
+        mass_TS = logits_TV.gather(-1, index_TK).float()
+    else:
+        mass_TS = torch.cat(_Buckets.apply(logits_TV, index_TK), dim=-1)  # type: ignore[no-untyped-call]
+    return mass_TS, mass_TS.logsumexp(-1, keepdim=True)
+
+
+class _Buckets(torch.autograd.Function):
+    """The support's logits, (T, K), and LSE of the rest, (T, 1), in float32; one read of the logits, and one write of their gradient.
+
+    The tail is an LSE of its own. log(1 − Σp) would floor near −16 in float32 and have no gradient there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, index_TK: Tensor) -> tuple[Tensor, Tensor]:
+        keep = ctx.needs_input_grad[0]
+        share_TV = logits_TV.new_empty(logits_TV.shape if keep else 0, dtype=torch.float32)
+        rest_T1 = logits_TV.new_empty(len(logits_TV), 1, dtype=torch.float32)
+        for at in range(0, len(logits_TV), ROWS):
+            rows = slice(at, at + ROWS)
+            rest_RV = logits_TV[rows].to(torch.float32, copy=True).scatter_(-1, index_TK[rows], -math.inf)
+            share_RV = torch.softmax(rest_RV, -1, out=share_TV[rows]) if keep else rest_RV.softmax(-1)
+            # The largest share is 1 / Σ exp(z − max), so this is the LSE, without a pass of its own.
+            rest_T1[rows] = rest_RV.amax(-1, keepdim=True) - share_RV.amax(-1, keepdim=True).log()
+        ctx.save_for_backward(share_TV, index_TK)
+        ctx.dtype = logits_TV.dtype
+        return logits_TV.gather(-1, index_TK).float(), rest_T1
+
+    @staticmethod
+    def backward(ctx: Any, grad_TK: Tensor, grad_T1: Tensor) -> tuple[Tensor, None]:
+        share_TV, index_TK = ctx.saved_tensors
+        grad_TV = torch.mul(share_TV, grad_T1, out=torch.empty_like(share_TV, dtype=ctx.dtype))
+        return grad_TV.scatter_(-1, index_TK, grad_TK.to(ctx.dtype)), None
 
 
 def divergence(student_TS: Tensor, teacher_TS: Tensor, alpha: float) -> Tensor:

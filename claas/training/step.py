@@ -23,7 +23,7 @@ from torch import Tensor
 from claas.core.types import SampleSource, StepOutcome, TrainingConfig
 from claas.training.batch import Sample, Sequences, collate, micro_batches
 from claas.training.policy import Policy
-from claas.training.sdpo import bucket_logp, divergence, importance_ratio, token_logp, top_k_support
+from claas.training.sdpo import bucket_and_token_logp, bucket_logp, divergence, importance_ratio, token_logp, top_k_support
 
 CHUNK = 128
 MICRO_BATCH_TOKENS = 1024
@@ -203,19 +203,20 @@ class LessonStep:
         ids_N = batch.student.targets_N[rows]
         teacher_NV = self._policy.logits(contexts["teacher"][rows])
         index_NK = top_k_support(student_NV if batch.source == "sampled" else teacher_NV, self._config.teacher_top_k)
+        teacher_NS, teacher_N = bucket_and_token_logp(teacher_NV, index_NK, ids_N)
+        start_NS, start_N = bucket_and_token_logp(student_NV, index_NK, ids_N)
         return Targets(
             index_NK=index_NK,
-            teacher_logp_NS=bucket_logp(teacher_NV, index_NK),
-            teacher_logp_N=token_logp(teacher_NV, ids_N),
-            start_logp_NS=bucket_logp(student_NV, index_NK),
-            start_logp_N=token_logp(student_NV, ids_N),
+            teacher_logp_NS=teacher_NS,
+            teacher_logp_N=teacher_N,
+            start_logp_NS=start_NS,
+            start_logp_N=start_N,
             base_logp_NS=bucket_logp(self._policy.logits(contexts["base"][rows]), index_NK) if "base" in contexts else None,
             control_logp_NS=bucket_logp(self._policy.logits(contexts["control"][rows]), index_NK) if "control" in contexts else None,
         )
 
     def _loss(self, batch: MicroBatch, rows: slice, logits_NV: Tensor, targets: Targets) -> tuple[Tensor, Measure]:
-        student_NS = bucket_logp(logits_NV, targets.index_NK)
-        logp_N = token_logp(logits_NV.detach(), batch.student.targets_N[rows])
+        student_NS, logp_N = bucket_and_token_logp(logits_NV, targets.index_NK, batch.student.targets_N[rows])
         divergence_N = divergence(student_NS, targets.teacher_logp_NS, batch.alpha)
         ratio_N = importance_ratio(logp_N, _old_logp(batch, targets, rows), self._config.is_clip)
         loss_N = divergence_N * ratio_N
