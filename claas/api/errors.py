@@ -175,6 +175,8 @@ def _as_bad_request(error: Mapping[str, Any]) -> BadRequest:
             return BadRequest(f"unknown field {param!r}", param=param, code="unknown_parameter")
         case "missing":
             return BadRequest(f"{param!r} is missing", param=param, code="missing_required_parameter")
+        case "missing_one_of":
+            return BadRequest(f"{param!r} {error['msg']}", param=param, code="missing_required_parameter")
         case "unsupported_parameter":
             return BadRequest(f"{param!r} {error['msg']}", param=param, code="unsupported_parameter")
         case kind:

@@ -21,7 +21,8 @@ def chat(
 ) -> None:
     """Chat with the service, and teach it.
 
-    /feedback TEXT says what was wrong with the last reply, and what was learnt shows at once. Ctrl-C stops a reply; /help lists the rest.
+    /feedback TEXT says what was wrong with the last reply, /wanted TEXT what it should have been, /good and /bad rate it; what was learnt
+    shows at once. Ctrl-C stops a reply; /help lists the rest.
     """
     from rich.console import Console
 

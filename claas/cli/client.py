@@ -86,9 +86,21 @@ class Client:
             raise Unreachable("the reply broke off before its end")
         return Reply(reply_id, "".join(text), finish_reason, response.headers.get("x-claas-adapter"))
 
-    def feedback(self, completion_ids: Sequence[str], feedback: str, *, show: bool = False) -> dict[str, Any]:
-        """Teach one lesson: the same feedback on each of these replies. Returns the service's whole answer once the step is done."""
-        entries = [{"completion_id": completion_id, "feedback": feedback} for completion_id in completion_ids]
+    def feedback(
+        self,
+        completion_ids: Sequence[str],
+        feedback: str | None = None,
+        *,
+        rating: int | None = None,
+        demonstration: str | None = None,
+        show: bool = False,
+    ) -> dict[str, Any]:
+        """Teach one lesson: the same feedback on each of these replies, in words, as a rating (1 or -1) or as the reply that was wanted.
+
+        Returns the service's whole answer once the step is done.
+        """
+        said = _given({"feedback": feedback, "rating": rating, "demonstration": demonstration})
+        entries = [{"completion_id": completion_id} | said for completion_id in completion_ids]
         return self._json("POST", "/v1/feedback", json={"requests": entries, "show": show})
 
     def feedback_state(self, feedback_id: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from claas.core.errors import ClaasError
 
 HELP = """\
 /feedback TEXT   say what was wrong with the last reply: it is learnt, and the same prompt is asked again
+/wanted TEXT     give the reply you wanted: it is learnt in the same way
+/good, /bad      rate the last reply: a good one is kept to, a bad one is asked for again
 /undo            go back to the version before the one that serves
 /versions        the adapter's history
 /model [NAME]    show the models, or talk to another one
@@ -38,6 +40,9 @@ class Repl:
         self._interactive = interactive
         self._commands = {
             "/feedback": self._feedback,
+            "/wanted": self._wanted,
+            "/good": self._good,
+            "/bad": self._bad,
             "/undo": self._undo,
             "/versions": self._versions,
             "/model": self._choose_model,
@@ -88,17 +93,38 @@ class Repl:
     def _feedback(self, text: str) -> None:
         if not text:
             raise ClaasError("say what was wrong: /feedback TEXT")
+        if self._learn(feedback=text):
+            self._ask_again()
+
+    def _wanted(self, text: str) -> None:
+        if not text:
+            raise ClaasError("say what the reply should have been: /wanted TEXT")
+        if self._learn(demonstration=text):
+            self._ask_again()
+
+    def _good(self, _: str) -> None:
+        self._learn(rating=1)
+
+    def _bad(self, _: str) -> None:
+        if self._learn(rating=-1):
+            self._ask_again()
+
+    def _learn(self, **said: Any) -> bool:
+        """Teach what was said of the last reply, and show the figures; whether it was learnt."""
         if self._last is None:
             raise ClaasError("there is no reply to learn from yet: say something first")
         with self._console.status("learning …"):
-            step = Step.of(self._client.feedback([self._last.id], text))
+            step = Step.of(self._client.feedback([self._last.id], **said))
         self._say(step.headline(), "green" if step.applied else "yellow")
         self._say(step.figures(), "dim")
-        if step.applied:
-            question = self._messages[-2]["content"]
-            self._messages = self._messages[:-2]
-            self._say(f"\nyou> {question}", "dim")
-            self._ask(question)
+        return step.applied
+
+    def _ask_again(self) -> None:
+        """The last prompt once more, in place of its first reply."""
+        question = self._messages[-2]["content"]
+        self._messages = self._messages[:-2]
+        self._say(f"\nyou> {question}", "dim")
+        self._ask(question)
 
     def _undo(self, _: str) -> None:
         history = self._client.versions(self._adapter)

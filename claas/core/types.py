@@ -15,6 +15,7 @@ FinishReason = Literal["stop", "length", "abort"]
 SampleSource = Literal["sampled", "hindsight", "anchor"]
 TeacherKind = Literal["live", "base"]
 StepOutcome = Literal["applied", "skipped", "undone"]
+Rating = Literal[1, -1]
 FeedbackState = Literal["queued", "training", "applied", "skipped", "undone", "failed", "retracted"]
 
 
@@ -146,10 +147,11 @@ class TrainingConfig(Frozen):
 
 
 class DistillBatchItem(Frozen):
-    """One sample of a lesson: x (messages, template arguments), y (ids, logprobs) and f (feedback).
+    """One sample of a lesson: x (messages, template arguments), y (ids, logprobs) and f (feedback, demonstration).
 
     `source` says whose sample y is: the student's own (`sampled`), the teacher's with the feedback in view (`hindsight`; its
     `response_logprobs` may be empty, since no importance ratio applies), or the base model's on an unrelated prompt (`anchor`).
+    `feedback` may be empty; `demonstration` is the reply the user wanted, which the teacher is shown.
     A sample that is not `taught` has no loss: its logprob before and after the lesson is reported. One that is `replayed` belongs to an
     earlier lesson, whose feedback it carries.
     """
@@ -157,6 +159,7 @@ class DistillBatchItem(Frozen):
     prompt: str
     response: str
     feedback: str
+    demonstration: str | None = None
     response_logprobs: tuple[float, ...]
     prompt_token_ids: tuple[int, ...] = Field(min_length=1)
     response_token_ids: tuple[int, ...] = Field(min_length=1)
@@ -253,13 +256,15 @@ class ServiceHealth(Frozen):
 
 
 class Feedback(Frozen):
-    """One stored feedback item and where it stands."""
+    """One stored feedback item and where it stands. `feedback` is empty where only a rating or a demonstration was given."""
 
     id: str
     request_id: str
     lora_id: str
     completion_id: str
     feedback: str
+    rating: Rating | None = None
+    demonstration: str | None = None
     metadata: dict[str, JsonValue] = {}
     idempotency_key: str | None = None
     state: FeedbackState = "queued"

@@ -121,6 +121,10 @@ class InferenceBackend(ABC):
         """Logprobs of `completion`, a text or a reply's exact token ids, as the reply to the request's prompt. Raises like `stream`."""
 
     @abstractmethod
+    async def reply_tokens(self, text: str) -> tuple[int, ...]:
+        """`text` as the tokens of a whole reply, the one that ends it included. Raises BackendUnavailable."""
+
+    @abstractmethod
     def token_text(self, token_id: int) -> str:
         """One token as text, special tokens included."""
 

@@ -104,6 +104,10 @@ class EmbeddedInference(InferenceBackend):
         assert isinstance(logprobs, tuple)
         return Score(len(prompt), targets, tuple(map(self.token_text, targets)), logprobs)
 
+    async def reply_tokens(self, text: str) -> tuple[int, ...]:
+        tokenizer = self._model.tokenizer
+        return (*await self._in_thread(lambda: encode_reply(tokenizer, text)), tokenizer.eos_token_id)
+
     def token_text(self, token_id: int) -> str:
         return str(self._model.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
 

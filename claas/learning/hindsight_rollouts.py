@@ -1,4 +1,4 @@
-"""The second source of a lesson: replies sampled with the feedback in view, and only the good ones.
+"""The second source of a lesson: the reply the user wanted, and replies sampled with the feedback in view, only the good ones.
 
 Where the student's own reply never goes near what the user wants, hardly any of its tokens carry signal; these do.
 """
@@ -11,24 +11,34 @@ import re
 from claas.core.types import DistillBatchItem, SamplingParams, TrainingConfig
 from claas.inference.base import Generation, GenerationRequest, InferenceBackend
 from claas.rollouts.visible import visible_text
-from claas.training.hindsight import HINDSIGHT_BLOCK, hindsight_messages
+from claas.training.hindsight import DEMONSTRATION_BLOCK, HINDSIGHT_BLOCK, hindsight_messages
 
 QUOTE_WORDS = 4
 
 
 async def hindsight_rollouts(item: DistillBatchItem, inference: InferenceBackend, training: TrainingConfig) -> list[DistillBatchItem]:
-    """Up to `training.hindsight_rollouts` distinct good replies of the base model that knows the item's feedback; maybe none."""
+    """The item's demonstration, if it has one, and up to `training.hindsight_rollouts` distinct other good replies of the base model that
+    knows its feedback and demonstration; maybe none."""
+    shown = [] if item.demonstration is None else [await _demonstrated(item, item.demonstration, inference)]
     plain = GenerationRequest(
         messages=item.messages,
         template_kwargs=item.template_kwargs,
         sampling=SamplingParams(max_tokens=training.hindsight_max_tokens, temperature=training.hindsight_temperature),
         background=True,
     )
-    told = plain.model_copy(update={"messages": hindsight_messages(item.messages, item.feedback)})
+    told = plain.model_copy(update={"messages": hindsight_messages(item.messages, item.feedback, item.demonstration)})
     replies = await asyncio.gather(*(inference.complete(told) for _ in range(training.hindsight_rollouts)))
-    good = {reply.text.strip(): reply for reply in replies if fault(reply, item.prompt, item.feedback) is None}
+    good = {reply.text.strip(): reply for reply in replies if fault(reply, item.prompt, item.feedback, item.demonstration or "") is None}
+    good.pop((item.demonstration or "").strip(), None)
     lifts = await asyncio.gather(*(_lift(reply, plain, inference) for reply in good.values()))
-    return [_sample(item, reply) for reply, lift in zip(good.values(), lifts, strict=True) if lift >= training.min_lift]
+    lifted = [reply for reply, lift in zip(good.values(), lifts, strict=True) if lift >= training.min_lift]
+    return [*shown, *(_sample(item, reply.text, tuple(token.id for token in reply.tokens)) for reply in lifted)]
+
+
+async def _demonstrated(item: DistillBatchItem, demonstration: str, inference: InferenceBackend) -> DistillBatchItem:
+    """The demonstration as a sample, whole and whatever it says: the user chose it. The model's own reply is taken token for token."""
+    own = demonstration == item.response
+    return _sample(item, demonstration, item.response_token_ids if own else await inference.reply_tokens(demonstration))
 
 
 async def _lift(reply: Generation, plain: GenerationRequest, inference: InferenceBackend) -> float:
@@ -37,21 +47,22 @@ async def _lift(reply: Generation, plain: GenerationRequest, inference: Inferenc
     return sum(token.logprob - logp for token, logp in zip(reply.tokens, without.logprobs, strict=True)) / len(reply.tokens)
 
 
-def fault(reply: Generation, prompt: str, feedback: str) -> str | None:
+def fault(reply: Generation, prompt: str, feedback: str, demonstration: str = "") -> str | None:
     """Why a hindsight rollout must not be taught: its blemishes would be learnt too. None if it is good.
 
-    One that was cut at its token limit is good: each token is held to the teacher's whole distribution, and no end is taught.
+    It may quote the demonstration, which is what that is for. One that was cut at its token limit is good: each token is held to the
+    teacher's whole distribution, and no end is taught.
     """
     text = visible_text(reply.text).strip()
     if reply.finish_reason == "abort":
         return "aborted"
     if not text:
         return "empty"
-    if quotes(text, feedback) or quotes(text, HINDSIGHT_BLOCK):
+    if any(quotes(text, source) for source in (feedback, HINDSIGHT_BLOCK, DEMONSTRATION_BLOCK)):
         return "quotes the feedback"
     if is_degenerate(text):
         return "repeats itself"
-    if drifts(text, prompt, feedback):
+    if drifts(text, prompt, feedback + demonstration):
         return "drifts into another script"
     return None
 
@@ -80,12 +91,7 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
 
-def _sample(item: DistillBatchItem, reply: Generation) -> DistillBatchItem:
+def _sample(item: DistillBatchItem, text: str, token_ids: tuple[int, ...]) -> DistillBatchItem:
     return item.model_copy(
-        update={
-            "response": reply.text,
-            "response_token_ids": tuple(token.id for token in reply.tokens),
-            "response_logprobs": (),
-            "source": "hindsight",
-        }
+        update={"response": text, "response_token_ids": token_ids, "response_logprobs": (), "source": "hindsight"},
     )

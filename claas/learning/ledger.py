@@ -55,6 +55,8 @@ class Ledger:
                 lora_id=lesson.lora_id,
                 completion_id=rollout.id,
                 feedback=item.feedback,
+                rating=item.rating,
+                demonstration=item.demonstration,
                 metadata=item.metadata,
                 idempotency_key=item.idempotency_key,
             )

@@ -11,6 +11,7 @@ from claas.core.errors import BadRequest, Unteachable
 from claas.core.types import DistillBatchItem, DistillBatchRequestPayload, Rollout, TrainingConfig
 from claas.learning.types import FeedbackItem, LessonRequest
 from claas.rollouts.store import RolloutStore
+from claas.training.hindsight import DISLIKED
 
 FINISH_TROUBLES = {
     "length": "was cut off at its token limit: ask again with a larger max_tokens and give feedback on that reply",
@@ -44,7 +45,7 @@ async def resolve(request: LessonRequest, rollouts: RolloutStore, base_model_id:
         NotFound: an unknown completion id, or no reply with that prompt and response.
         Conflict: prompt and response fit several different replies.
         BadRequest: items for different adapters or with different training settings, or a wrong training setting.
-        Unteachable: the reply was cut off or aborted, is the base model's, of another adapter or base model, or has no messages.
+        Unteachable: the reply was cut off or aborted, is the base model's, of another adapter or base model, or has no messages or text.
     """
     found = tuple([await _rollout(item, at, rollouts, base_model_id) for at, item in enumerate(request.items)])
     lora_ids = {rollout.lora_id for rollout in found if rollout.lora_id is not None}
@@ -83,14 +84,25 @@ def _trouble(rollout: Rollout, item: FeedbackItem, base_model_id: str) -> str | 
         return "is empty"
     if not any(message.role == "user" for message in rollout.messages):
         return "has no user message: only chat completions can be learnt from"
+    if item.rating == 1 and not (item.feedback or item.demonstration or rollout.text.strip()):
+        return "shows no text, so a good rating has nothing to keep"
     return None
 
 
+def _hindsight(item: FeedbackItem, rollout: Rollout) -> tuple[str, str | None]:
+    """Feedback and demonstration as the teacher is shown them. A rating speaks where nothing else does: a good reply shows itself."""
+    if item.feedback or item.demonstration:
+        return item.feedback, item.demonstration
+    return ("", rollout.text) if item.rating == 1 else (DISLIKED, None)
+
+
 def _sample(item: FeedbackItem, rollout: Rollout) -> DistillBatchItem:
+    feedback, demonstration = _hindsight(item, rollout)
     return DistillBatchItem(
         prompt=rollout.prompt,
         response=rollout.text,
-        feedback=item.feedback,
+        feedback=feedback,
+        demonstration=demonstration,
         response_logprobs=rollout.response_logprobs,
         prompt_token_ids=rollout.prompt_token_ids,
         response_token_ids=rollout.response_token_ids,

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
-from claas.core.types import DistillResponse, Frozen, StepOutcome
+from claas.core.types import DistillResponse, Frozen, Rating, StepOutcome
 
 
 class FeedbackItem(Frozen):
-    """One feedback as it arrives: what was said, and which reply it is about.
+    """One feedback as it arrives: what was said (at least one of `feedback`, `rating` and `demonstration`), and which reply it is about.
 
     The reply is named by `completion_id` or, as in the upstream API, by `lora_id`, `prompt` (last user turn) and `response` (visible text).
     """
 
-    feedback: str
+    feedback: str = ""
+    rating: Rating | None = None
+    demonstration: str | None = None
     completion_id: str | None = None
     lora_id: str | None = None
     prompt: str | None = None
@@ -23,6 +25,12 @@ class FeedbackItem(Frozen):
     training: dict[str, Any] = {}
     metadata: dict[str, JsonValue] = {}
     idempotency_key: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not self.feedback and not self.demonstration and self.rating is None:
+            raise ValueError("feedback, rating and demonstration are all empty")
+        return self
 
 
 class LessonRequest(Frozen):

@@ -62,6 +62,8 @@ class FeedbackRow(Base):
     lora_id: Mapped[str] = mapped_column(Name)
     completion_id: Mapped[str] = mapped_column(Name)
     feedback: Mapped[str] = mapped_column(AnyText)
+    rating: Mapped[int | None]
+    demonstration: Mapped[str | None] = mapped_column(AnyText)
     details: Mapped[dict[str, JsonValue]] = mapped_column("metadata", JSON)
     idempotency_key: Mapped[str | None] = mapped_column(Name)
     state: Mapped[str] = mapped_column(Name, index=True)

@@ -73,12 +73,14 @@ def prepare(
         raise Unteachable("the reply's logprobs are not all finite and at most 0, so it cannot be learnt from")
     template = item.template_kwargs
     own = item.source == "sampled"
-    plain = item.source == "anchor" or not item.feedback.strip()
+    plain = item.source == "anchor" or not (item.feedback.strip() or item.demonstration)
     sample = Sample(
         source=item.source,
         teacher=teacher if own else "base",
         student_prompt=item.prompt_token_ids,
-        teacher_prompt=item.prompt_token_ids if plain else render(hindsight_messages(item.messages, item.feedback), template),
+        teacher_prompt=item.prompt_token_ids
+        if plain
+        else render(hindsight_messages(item.messages, item.feedback, item.demonstration), template),
         control_prompt=render(hindsight_messages(item.messages, control_feedback), template) if own and not item.replayed else None,
         response=item.response_token_ids,
         served_logp=item.response_logprobs,

@@ -21,6 +21,7 @@ def default_training(n_params: int) -> TrainingConfig:
         min_lift=0.3,
         own_replies=False,
         anchors=8,
+        replay=16,
         min_signal=0.02,
         max_kl=3.0,
     )

@@ -9,9 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from claas.api.schemas.feedback import MAX_FEEDBACK_CHARS
+from claas.api.schemas.feedback import MAX_DEMONSTRATION_CHARS, MAX_FEEDBACK_CHARS
 from claas.core.errors import BackendUnavailable, StepFailed, StorageFull
 from claas.core.types import StepOutcome, TrainingConfig
+from claas.training.hindsight import DISLIKED
 from tests.api.conftest import in_process
 from tests.api.wire import CHAT, HELLO, assert_error, chat
 from tests.doubles.inference import Steps
@@ -91,6 +92,31 @@ async def test_feedback_is_stripped_and_kept_with_its_metadata(client: httpx.Asy
     result = (await client.post(URL, json=about(completion_id, feedback="  Shorter.\n", metadata={"by": ["ann"]}))).json()
     item = await world.services.feedback.get(result["feedback_ids"][0])
     assert (item.feedback, item.metadata) == ("Shorter.", {"by": ["ann"]})
+
+
+@pytest.mark.parametrize(
+    ("said", "feedback", "demonstration"),
+    [
+        ({"demonstration": " Good day!\n"}, "", "Good day!"),
+        ({"rating": 1}, "", REPLY),
+        ({"rating": -1}, DISLIKED, None),
+        ({"rating": -1, "demonstration": "Good day!"}, "", "Good day!"),
+        ({"rating": -1, "feedback": "Too long."}, "Too long.", None),
+        ({"rating": 1, "feedback": "Say good day.", "demonstration": "Good day!"}, "Say good day.", "Good day!"),
+        ({"feedback": "Shorter.", "rating": None, "demonstration": None}, "Shorter.", None),
+    ],
+)
+async def test_ratings_and_demonstrations(
+    client: httpx.AsyncClient, world: World, said: dict[str, Any], feedback: str, demonstration: str | None
+) -> None:
+    completion_id = (await chat(client))["id"]
+    response = await client.post(URL, json={"requests": [{"completion_id": completion_id} | said]})
+    assert response.status_code == 200, response.text
+    own = world.engine.lessons[0].samples[0]
+    assert (own.source, own.feedback, own.demonstration) == ("sampled", feedback, demonstration), "what the teacher is shown"
+    item = (await client.get(f"{URL}/{response.json()['feedback_ids'][0]}")).json()
+    kept = {"feedback": "", "rating": None, "demonstration": None} | {k: v.strip() if isinstance(v, str) else v for k, v in said.items()}
+    assert {name: item[name] for name in kept} == kept, "what was said is kept as it was said"
 
 
 async def test_the_same_key_twice_is_one_lesson(client: httpx.AsyncClient, world: World) -> None:
@@ -177,8 +203,11 @@ SPELLED: dict[str, Any] = {"lora_id": ADAPTER, "prompt": "Hello", "response": "H
         (ITEM | {"feedback": ""}, "requests.0.feedback", "at least 1"),
         (ITEM | {"feedback": " \n "}, "requests.0.feedback", "at least 1"),
         (ITEM | {"feedback": "x" * (MAX_FEEDBACK_CHARS + 1)}, "requests.0.feedback", "8000"),
-        (ITEM | {"feedback": None}, "requests.0.feedback", "string"),
+        (ITEM | {"feedback": None}, "requests.0.feedback", "missing: send 'feedback', 'rating' or 'demonstration'"),
+        (ITEM | {"feedback": 3}, "requests.0.feedback", "string"),
+        (ITEM | {"feedback": "", "rating": 1}, "requests.0.feedback", "at least 1"),
         ({"completion_id": "chatcmpl-x"}, "requests.0.feedback", "missing"),
+        ({"completion_id": "chatcmpl-x", "rating": None, "demonstration": None}, "requests.0.feedback", "missing"),
         ({"feedback": "x"}, "requests.0", "'lora_id' is missing"),
         (ITEM | {"prompt": "Hello"}, "requests.0", "once"),
         (SPELLED | {"completion_id": "chatcmpl-x"}, "requests.0", "once"),
@@ -187,8 +216,16 @@ SPELLED: dict[str, Any] = {"lora_id": ADAPTER, "prompt": "Hello", "response": "H
         (SPELLED | {"lora_id": "a\tb"}, "requests.0.lora_id", "adapter id"),
         (SPELLED | {"lora_id": f"{ADAPTER}@1"}, "requests.0.lora_id", "adapter id"),
         (ITEM | {"completion_id": "a b"}, "requests.0.completion_id", "without spaces"),
-        (ITEM | {"rating": 1}, "requests.0.rating", "not supported"),
-        (ITEM | {"demonstration": "Hi"}, "requests.0.demonstration", "not supported"),
+        (ITEM | {"rating": 0}, "requests.0.rating", "1 or -1"),
+        (ITEM | {"rating": 5}, "requests.0.rating", "1 or -1"),
+        (ITEM | {"rating": "1"}, "requests.0.rating", "1 or -1"),
+        (ITEM | {"rating": True}, "requests.0.rating", "1 or -1"),
+        (ITEM | {"rating": 1.0}, "requests.0.rating", "1 or -1"),
+        ({"completion_id": "chatcmpl-x", "rating": 2}, "requests.0.rating", "1 or -1"),
+        (ITEM | {"demonstration": ""}, "requests.0.demonstration", "at least 1"),
+        (ITEM | {"demonstration": " \n "}, "requests.0.demonstration", "at least 1"),
+        (ITEM | {"demonstration": ["Hi"]}, "requests.0.demonstration", "string"),
+        (ITEM | {"demonstration": "x" * (MAX_DEMONSTRATION_CHARS + 1)}, "requests.0.demonstration", "32000"),
         (ITEM | {"idempotency_key": ""}, "requests.0.idempotency_key", "without spaces"),
         (ITEM | {"metadata": []}, "requests.0.metadata", "object"),
         (ITEM | {"training": {"lr": 1}}, "requests.0.training.lr", "unknown"),

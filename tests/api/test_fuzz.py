@@ -39,6 +39,8 @@ FIELDS = sorted(
         "user",
         "wait",
         "show",
+        "rating",
+        "demonstration",
     }
     | {"stream_options", "chat_template_kwargs", "orchestration", "lora_r", "target_modules", "base_model", "response_format", "logit_bias"}
     | {name for body in BODIES.values() for name in body}

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from claas.training.hindsight import DISLIKED
 from tests.cli.conftest import KEY, Live, claas
 from tests.doubles.services import ADAPTER, BASE_MODEL
 
@@ -37,6 +38,25 @@ def test_feedback_is_learnt_and_the_prompt_asked_again(live: Live) -> None:
     # The reply that was wrong is no longer part of the conversation.
     last = [message.content for message in live.world.inference.requests[-1].messages]
     assert last == ["Hello", f"[{ADAPTER}@1] Hello", "And now?"]
+
+
+def test_the_wanted_reply_is_learnt_and_the_prompt_asked_again(live: Live) -> None:
+    said = live.claas("chat", typed="Hello\n/wanted Good day!\n").out
+    assert said.index("learnt: version 0 → 1") < said.index("you> Hello") < said.index(f"[{ADAPTER}@1] Hello")
+    assert [(s.response, s.source) for s in live.world.engine.lessons[0].samples] == [
+        (f"[{ADAPTER}@0] Hello", "sampled"),
+        ("Good day!", "hindsight"),
+    ]
+
+
+def test_a_bad_reply_is_asked_for_again_and_a_good_one_stays(live: Live) -> None:
+    result = live.claas("chat", typed="Hello\n/bad\n/good\nAnd now?\n")
+    assert result.code == 0
+    bad, good = live.world.engine.lessons
+    assert (bad.samples[0].response, bad.samples[0].feedback) == (f"[{ADAPTER}@0] Hello", DISLIKED)
+    assert [(s.response, s.demonstration) for s in good.samples] == [(f"[{ADAPTER}@1] Hello", f"[{ADAPTER}@1] Hello")] * 2
+    asked = [[m.content for m in request.messages] for request in live.world.inference.requests if not request.background]
+    assert asked == [["Hello"], ["Hello"], ["Hello", f"[{ADAPTER}@1] Hello", "And now?"]]
 
 
 def test_feedback_that_changed_nothing_does_not_ask_again(live: Live) -> None:
@@ -83,6 +103,9 @@ def test_a_reply_that_was_cut_off_is_told(live: Live) -> None:
     [
         ("/feedback be brief\n", "say something first"),
         ("Hello\n/feedback\n", "/feedback TEXT"),
+        ("Hello\n/wanted\n", "/wanted TEXT"),
+        ("/good\n", "say something first"),
+        ("/bad\n", "say something first"),
         ("/nonsense\n", "there is no command '/nonsense'"),
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import httpx
+
 from claas.cli.client import Client
 from tests.cli.conftest import KEY, Live
 from tests.doubles.services import ADAPTER
@@ -22,6 +24,26 @@ def test_a_lesson_and_its_figures(live: Live) -> None:
     assert figures.startswith("KL 0.125 nat/token, 1 steps on 1 tokens, ")
     (lesson,) = live.world.engine.lessons
     assert {sample.feedback for sample in lesson.samples} == {"Say my name."}
+
+
+def test_a_rating_and_a_demonstration(live: Live) -> None:
+    for said, kept in (
+        (["--good"], ("", 1, None)),
+        (["--bad"], ("", -1, None)),
+        (["--demonstration", "Good day!"], ("", None, "Good day!")),
+        (["Say good day.", "--bad", "--demonstration", "Good day!"], ("Say good day.", -1, "Good day!")),
+    ):
+        answer = json.loads(live.claas("feedback", reply_id(live), *said, "--json").out)
+        with httpx.Client(base_url=live.url, headers={"authorization": f"Bearer {KEY}"}) as http:
+            item = http.get(f"/v1/feedback/{answer['feedback_ids'][0]}").json()
+        assert (item["feedback"], item["rating"], item["demonstration"]) == kept
+
+
+def test_nothing_said_is_a_wrong_use(live: Live) -> None:
+    result = live.claas("feedback", "chatcmpl-nobody")
+    assert result.code == 2
+    assert "--demonstration" in result.err
+    assert live.world.engine.lessons == []
 
 
 def test_show_prints_a_new_reply(live: Live) -> None:

@@ -180,6 +180,14 @@ async def test_a_score_has_one_logprob_for_each_token_of_the_completion(served: 
     assert await served.backend.score(ask(), score.token_ids) == score, "a reply's exact ids score like its text"
 
 
+async def test_a_text_as_a_whole_reply_is_scored_like_it_and_ends(served: Served) -> None:
+    ids = await served.backend.reply_tokens("The answer.")
+    score = await served.backend.score(ask(), "The answer.")
+    assert ids[:-1] == score.token_ids
+    assert served.backend.token_text(ids[-1]) not in ("", ".")
+    assert len((await served.backend.score(ask(), ids)).logprobs) == len(ids)
+
+
 async def test_serving_goes_on_while_paused_or_waits_but_always_answers(served: Served) -> None:
     async with served.backend.paused():
         waiting = asyncio.create_task(served.backend.complete(ask()))

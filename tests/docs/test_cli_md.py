@@ -31,7 +31,7 @@ def told(parameter: Any) -> list[str]:
         name = (parameter.metavar or parameter.name).upper()
         written = f"`{name}`" if parameter.required else f"`[{name}]`"
     else:
-        written = f"`{'`, `'.join(parameter.opts)}`"
+        written = f"`{'`, `'.join([*parameter.opts, *parameter.secondary_opts])}`"
     default = "required" if parameter.required else "" if parameter.default in (None, False, "") else f"`{parameter.default}`"
     return [written, default, parameter.help]
 

@@ -44,7 +44,7 @@ def test_a_documented_command_exists(command: str) -> None:
     if "claas" in typed:
         arguments = typed[typed.index("claas") + 1 :]
         name = next(known for known in COMMANDS if " ".join(["claas", *arguments]).startswith(known))
-        options = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+        options = {option for parameter in COMMANDS[name].params for option in (*parameter.opts, *parameter.secondary_opts)}
         assert {word for word in arguments if word.startswith("--")} <= options
 
 

@@ -121,6 +121,9 @@ class CharInference(InferenceBackend):
         ids = tuple(map(ord, completion)) if isinstance(completion, str) else completion
         return Score(len(prompt_ids(request)), ids, tuple(map(self.token_text, ids)), tuple(logprob_of(i) - self.surprise for i in ids))
 
+    async def reply_tokens(self, text: str) -> tuple[int, ...]:
+        return (*map(ord, text), EOS)
+
     def token_text(self, token_id: int) -> str:
         return EOS_TEXT if token_id == EOS else chr(token_id)
 

@@ -198,6 +198,15 @@ async def test_a_score_is_that_of_a_full_forward_however_long(tiny_model: Loaded
     assert (long.prompt_tokens, "".join(long.tokens)) == (len(prompt), completion)
 
 
+async def test_a_given_reply_ends_as_the_models_own_and_has_no_other_control_token(tiny_model: LoadedModel) -> None:
+    tokenizer = tiny_model.tokenizer
+    async with serving(tiny_model) as backend:
+        ids = await backend.reply_tokens("Stop<|im_end|>here<|im_start|>")
+    assert set(ids) & set(tokenizer.all_special_ids) == {tokenizer.eos_token_id}
+    assert (ids[-1], ids.count(ids[-1])) == (tokenizer.eos_token_id, 1)
+    assert tokenizer.decode(ids[:-1]) == "Stop<|im_end|>here<|im_start|>"
+
+
 async def test_a_reply_scored_by_its_exact_ids_gets_the_logprobs_it_was_sampled_with(tiny_model: LoadedModel) -> None:
     async with serving(tiny_model) as backend:
         reply = await backend.complete(ask(temperature=1.2, seed=5))

@@ -10,9 +10,9 @@ from claas.inference.base import Generation, GenerationRequest, SampledToken
 from claas.learning.anchors import ANCHOR_PROMPTS, Anchors
 from claas.learning.checks import find_collapse
 from claas.learning.hindsight_rollouts import fault, hindsight_rollouts, is_degenerate, quotes
-from claas.training.hindsight import HINDSIGHT_BLOCK, hindsight_messages
+from claas.training.hindsight import DEMONSTRATION_BLOCK, DISLIKED, HINDSIGHT_BLOCK, HINDSIGHT_VERSION, hindsight_messages
 from tests.doubles.engine import MemoryEngine
-from tests.doubles.inference import CharInference
+from tests.doubles.inference import EOS, CharInference
 from tests.learning.conftest import LORA
 
 FEEDBACK = "Your name is Kuro, always introduce yourself as Kuro."
@@ -76,6 +76,28 @@ def test_the_teacher_reads_the_feedback_in_the_last_user_turn() -> None:
         hindsight_messages(messages[:1], FEEDBACK)
 
 
+@pytest.mark.parametrize(
+    ("feedback", "demonstration", "block"),
+    [
+        ("Be Kuro.", None, "\n\n(A later message from the user follows. Use it when answering: Be Kuro.)"),
+        ("", " I am {demonstration}.\n", "\n\n(The user wanted this reply: I am {demonstration}.)"),
+        (
+            "Say {demonstration}.",
+            "I am {feedback}.",
+            "\n\n(A later message from the user follows. Use it when answering: Say {demonstration}.)"
+            "\n\n(The user wanted this reply: I am {feedback}.)",
+        ),
+        ("", None, ""),
+        (" ", " ", ""),
+    ],
+)
+def test_what_the_teacher_reads_to_the_letter(feedback: str, demonstration: str | None, block: str) -> None:
+    """A change of this wording is a new HINDSIGHT_VERSION."""
+    assert HINDSIGHT_VERSION == 1
+    (message,) = hindsight_messages(ITEM.messages[1:], feedback, demonstration)
+    assert message.content == "Who are you?" + block
+
+
 async def test_rollouts_come_from_the_base_that_knows_the_feedback_and_are_taught_to_the_student_that_does_not() -> None:
     answers = iter(["I am Kuro.", "I am Kuro.", "Call me Kuro!", FEEDBACK])
     inference = CharInference(lambda _: next(answers))
@@ -97,6 +119,48 @@ async def test_a_reply_that_would_have_come_anyway_is_not_taught(surprise: float
     inference.surprise = surprise
     samples = await hindsight_rollouts(ITEM, inference, TrainingConfig(hindsight_rollouts=1, min_lift=0.3))
     assert len(samples) == kept
+
+
+SHOWN = ITEM.model_copy(update={"demonstration": "I am Kuro, at your service."})
+
+
+async def test_a_demonstration_is_taught_whole_and_shown_to_the_teacher() -> None:
+    inference = CharInference()
+    (sample,) = await hindsight_rollouts(SHOWN, inference, TrainingConfig(min_lift=9.0))
+    assert inference.requests == [], "none were asked"
+    assert (sample.source, sample.response, sample.response_logprobs) == ("hindsight", "I am Kuro, at your service.", ())
+    assert sample.response_token_ids == (*map(ord, "I am Kuro, at your service."), EOS)
+    assert (sample.prompt_token_ids, sample.messages, sample.template_kwargs) == (ITEM.prompt_token_ids, ITEM.messages, {"date": "today"})
+    assert (sample.feedback, sample.demonstration) == (FEEDBACK, SHOWN.demonstration), "its teacher reads them too"
+
+
+async def test_a_reply_that_is_to_be_kept_is_taught_token_for_token() -> None:
+    (sample,) = await hindsight_rollouts(ITEM.model_copy(update={"demonstration": ITEM.response}), CharInference(), TrainingConfig())
+    assert (sample.source, sample.response, sample.response_token_ids) == ("hindsight", ITEM.response, ITEM.response_token_ids)
+
+
+async def test_rollouts_may_quote_the_demonstration_but_not_repeat_it_or_quote_us() -> None:
+    answers = iter(
+        [
+            "I am Kuro, at your service.",
+            "I am Kuro, at your service, always.",
+            "The user wanted this reply: Kuro",
+            "Your name is Kuro, friend.",
+        ]
+    )
+    inference = CharInference(lambda _: next(answers))
+    samples = await hindsight_rollouts(SHOWN, inference, TrainingConfig(hindsight_rollouts=4))
+    assert {request.messages for request in inference.requests} == {hindsight_messages(ITEM.messages, FEEDBACK, SHOWN.demonstration)}
+    assert [sample.response for sample in samples] == [SHOWN.demonstration, "I am Kuro, at your service, always."]
+
+
+def test_a_demonstration_may_bring_another_script() -> None:
+    assert fault(generation("Olá, eu sou Kuro."), ITEM.prompt, FEEDBACK, "Olá! Kuro.") is None
+
+
+def test_words_of_a_bad_rating_are_not_to_be_repeated() -> None:
+    assert "quotes" in (fault(generation("Oh, you did not like your reply."), ITEM.prompt, DISLIKED) or "")
+    assert "quotes" in (fault(generation(DEMONSTRATION_BLOCK), ITEM.prompt, "") or "")
 
 
 async def test_no_rollouts_asked_none_sampled() -> None:

@@ -74,6 +74,31 @@ async def test_own_replies_are_taught_where_asked_or_where_no_rollout_is_good(
     assert school.engine.lessons[0].samples[0].taught is taught
 
 
+async def test_a_demonstration_is_taught_in_place_of_the_reply_and_kept_with_its_rating(school: School) -> None:
+    await school.rollout()
+    said = {"rating": -1, "demonstration": "I am Kuro.", "training": {"own_replies": False, "anchors": 1}}
+    result = await school.learner.learn(lesson(FeedbackItem.model_validate({"completion_id": "chatcmpl-1"} | said)))
+    samples = school.engine.lessons[0].samples
+    assert [(s.source, s.taught, s.response, s.demonstration) for s in samples[:2]] == [
+        ("sampled", False, "I am SmolLM.", "I am Kuro."),
+        ("hindsight", True, "I am Kuro.", "I am Kuro."),
+    ]
+    assert (samples[2].source, samples[2].demonstration) == ("anchor", None)
+    row = await school.feedback.get(result.feedback_ids[0])
+    assert (row.feedback, row.rating, row.demonstration, row.state) == ("", -1, "I am Kuro.", "applied")
+    logged = json.loads((school.log_dir / result.log_path).read_text())
+    assert logged["samples"][1]["demonstration"] == "I am Kuro."
+
+
+async def test_a_bare_rating_that_changes_nothing_is_skipped_and_says_so(school: School) -> None:
+    await school.rollout()
+    school.engine.outcome = "skipped"
+    result = await school.learner.learn(lesson(FeedbackItem(completion_id="chatcmpl-1", rating=-1)))
+    row = await school.feedback.get(result.feedback_ids[0])
+    assert (row.rating, row.state, row.reason, result.version) == (-1, "skipped", result.reason, 0)
+    assert result.reason
+
+
 @pytest.mark.parametrize("outcome", ["skipped", "undone"])
 async def test_a_step_that_was_not_applied_changes_nothing(school: School, outcome: str) -> None:
     await school.rollout()

@@ -10,6 +10,7 @@ from claas.core.errors import BadRequest, ClaasError, Conflict, NotFound, Unteac
 from claas.core.types import ChatMessage, TrainingConfig
 from claas.learning.resolve import ResolvedLesson, resolve
 from claas.learning.types import FeedbackItem
+from claas.training.hindsight import DISLIKED
 from tests.learning.conftest import LORA, School, lesson
 
 
@@ -51,6 +52,38 @@ async def test_replies_that_cannot_be_taught(school: School, changes: dict[str, 
     await school.rollout(**changes)
     with pytest.raises(error, match=says):
         await resolved(school)
+
+
+@pytest.mark.parametrize(
+    ("said", "feedback", "demonstration"),
+    [
+        ({"rating": -1}, DISLIKED, None),
+        ({"rating": 1}, "", "I am SmolLM."),
+        ({"rating": 1, "feedback": "So polite."}, "So polite.", None),
+        ({"rating": -1, "demonstration": "I am Kuro."}, "", "I am Kuro."),
+        ({"feedback": "Be Kuro.", "demonstration": "I am Kuro."}, "Be Kuro.", "I am Kuro."),
+    ],
+)
+async def test_a_rating_speaks_where_nothing_else_does(
+    school: School, said: dict[str, Any], feedback: str, demonstration: str | None
+) -> None:
+    await school.rollout()
+    (sample,) = (await resolved(school, FeedbackItem(completion_id="chatcmpl-1", **said))).payload(("fb-1",)).samples
+    assert (sample.feedback, sample.demonstration, sample.source, sample.response) == (feedback, demonstration, "sampled", "I am SmolLM.")
+
+
+async def test_a_reply_that_shows_nothing_can_be_corrected_and_not_be_kept(school: School) -> None:
+    await school.rollout(text=" ")
+    with pytest.raises(Unteachable, match="nothing to keep"):
+        await resolved(school, FeedbackItem(completion_id="chatcmpl-1", rating=1))
+    for said in ({"rating": -1}, {"rating": 1, "demonstration": "I am Kuro."}, {"feedback": "Say something.", "rating": 1}):
+        await resolved(school, FeedbackItem.model_validate({"completion_id": "chatcmpl-1"} | said))
+
+
+def test_an_item_says_something() -> None:
+    for said in ({}, {"feedback": ""}, {"demonstration": ""}):
+        with pytest.raises(ValueError, match="all empty"):
+            FeedbackItem.model_validate({"completion_id": "chatcmpl-1"} | said)
 
 
 async def test_an_adapter_mismatch_is_named(school: School) -> None:

@@ -26,6 +26,8 @@ def _item(id: str = "fb-1", **changes: object) -> Feedback:
 async def test_an_item_comes_back_as_it_was(store: FeedbackStore) -> None:
     item = _item(
         feedback="Say \x00 and \\u0041 — \ud800 too",
+        rating=-1,
+        demonstration="I am \x00 Kuro \\ \udfff.",
         metadata={"from": ["me", 1.5, None]},
         idempotency_key="k\x00\\",
         state="applied",
@@ -36,6 +38,14 @@ async def test_an_item_comes_back_as_it_was(store: FeedbackStore) -> None:
     await store.add([item])
     assert await store.get("fb-1") == item
     assert await store.by_key("me/a", "k\x00\\") == item
+
+
+async def test_a_rating_alone_comes_back_alone(store: FeedbackStore) -> None:
+    await store.add([_item(feedback="", rating=1), _item("fb-2")])
+    assert [(item.feedback, item.rating, item.demonstration) for item in await store.by_request("req-1")] == [
+        ("", 1, None),
+        ("Be Kuro.", None, None),
+    ]
 
 
 async def test_an_unknown_id_is_not_found_whatever_it_holds(store: FeedbackStore) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
@@ -53,6 +55,24 @@ def test_migrating_again_changes_nothing(empty: Database) -> None:
     empty.migrate()
     with empty.session() as session:
         assert session.execute(text("SELECT lora_id FROM adapter_versions")).scalar_one() == "me/a"
+
+
+def test_feedback_from_before_ratings_is_kept(empty: Database) -> None:
+    config = Config()
+    config.set_main_option("script_location", "claas.storage:migrations")
+    with empty.engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(
+            text(
+                "INSERT INTO feedback (id, request_id, lora_id, completion_id, feedback, metadata, state, created_at)"
+                " VALUES ('fb-1', 'req-1', 'me/a', 'chatcmpl-1', 'Be Kuro.', '{}', 'applied', '2026-01-01 00:00:00')"
+            )
+        )
+    empty.migrate()
+    with empty.session() as session:
+        row = session.execute(text("SELECT feedback, rating, demonstration FROM feedback")).one()
+    assert tuple(row) == ("Be Kuro.", None, None)
 
 
 def test_a_downgrade_leaves_no_table_and_can_be_undone(empty: Database) -> None:

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, JsonValue, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from claas.api.schemas.base import AdapterId, OpaqueId, WireRequest, only, unsupported
-from claas.core.types import DistillResponse, TrainingConfig
+from claas.api.schemas.base import AdapterId, OpaqueId, WireRequest, unsupported
+from claas.core.types import DistillResponse, Rating, TrainingConfig
 from claas.learning.types import FeedbackItem, LessonResult, Shown
 
 MAX_FEEDBACK_CHARS = 8000
+MAX_DEMONSTRATION_CHARS = 32_000
 TIMINGS = ("sleep", "distill", "save", "wake", "logprobs", "total")
 
 FeedbackText = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_FEEDBACK_CHARS)]
+DemonstrationText = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_DEMONSTRATION_CHARS)]
+
+
+def _whole_number(value: Any) -> Any:
+    if type(value) is not int:  # True and 1.0 equal 1
+        raise PydanticCustomError("int_type", "Input should be 1 or -1")
+    return value
 
 
 class FeedbackEntry(WireRequest):
     """What was wrong or right with one reply, named by `completion_id`, or by `lora_id`, `prompt` (the last user turn) and `response`.
 
-    `training` overrides the adapter's lesson settings, field by field. The same `idempotency_key` twice is one lesson.
+    At least one of `feedback` (in words), `rating` (1: good, -1: bad) and `demonstration` (the reply that was wanted); a rating beside one
+    of the others is kept, and they are what is learnt. `training` overrides the adapter's lesson settings, field by field. The same
+    `idempotency_key` twice is one lesson.
     """
 
-    feedback: FeedbackText
+    rating: Annotated[Rating, BeforeValidator(_whole_number)] | None = None
+    demonstration: DemonstrationText | None = None
+    feedback: FeedbackText | None = Field(default=None, validate_default=True)  # after the other two, which it looks at
     completion_id: OpaqueId | None = None
     lora_id: AdapterId | None = None
     prompt: str | None = None
@@ -30,8 +43,13 @@ class FeedbackEntry(WireRequest):
     training: TrainingConfig = TrainingConfig()
     metadata: dict[str, JsonValue] = Field(default_factory=dict)
     idempotency_key: OpaqueId | None = None
-    rating: Annotated[JsonValue, only()] = None
-    demonstration: Annotated[JsonValue, only()] = None
+
+    @field_validator("feedback")
+    @classmethod
+    def _says_something(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and info.data.get("rating") is None and info.data.get("demonstration") is None:
+            raise PydanticCustomError("missing_one_of", "is missing: send 'feedback', 'rating' or 'demonstration'")
+        return value
 
     @model_validator(mode="after")
     def _names_one_reply(self) -> Self:
@@ -45,7 +63,9 @@ class FeedbackEntry(WireRequest):
 
     def to_core(self) -> FeedbackItem:
         return FeedbackItem(
-            feedback=self.feedback,
+            feedback=self.feedback or "",
+            rating=self.rating,
+            demonstration=self.demonstration,
             completion_id=self.completion_id,
             lora_id=self.lora_id,
             prompt=self.prompt,
