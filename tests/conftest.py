@@ -9,6 +9,8 @@ import platformdirs
 import pytest
 from hypothesis import settings
 
+import claas  # noqa: F401 - it sets how threads wait, before any test imports torch
+
 if TYPE_CHECKING:
     from claas.models.base_model import LoadedModel
 
