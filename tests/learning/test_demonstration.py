@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from claas.storage.database import Database
 from claas.training.engine.local import LocalEngine
 from claas.training.hindsight import hindsight_messages
 from tests.learning.conftest import LORA, lesson
+from tests.models.tiny import TEXTS
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,8 @@ async def open_class(model: LoadedModel, folder: Path, threads: int) -> AsyncIte
 
 
 PROMPT = "Hi"
-CANDIDATES = tuple(
-    f"the {word}" for word in ("theory", "thing", "other one", "system", "user", "naïve", "10 €", "assistant", "ever", "that")
-)
+WORDS = " ".join(TEXTS).split()
+CANDIDATES = [f"{one} {other}" for one, other in pairwise(WORDS)]
 TINY = {"own_replies": False, "hindsight_rollouts": 0, "anchors": 0, "learning_rate": 1e-2, "gradient_steps": 30, "max_kl": 100.0}
 
 
@@ -143,7 +144,7 @@ async def test_a_bad_rating_that_tells_the_teacher_nothing_is_skipped(tiny_model
 
 
 @pytest.mark.model
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 async def test_the_default_model_comes_to_say_what_was_demonstrated(loaded_model: LoadedModel, tmp_path: Path) -> None:
     prompt, wanted = "Who are you?", "I am Kuro, the keeper of the northern lighthouse."
     async with open_class(loaded_model, tmp_path, os.cpu_count() or 1) as room:
