@@ -11,7 +11,7 @@ import re
 from claas.core.types import DistillBatchItem, SamplingParams, TrainingConfig
 from claas.inference.base import Generation, GenerationRequest, InferenceBackend
 from claas.rollouts.visible import visible_text
-from claas.training.hindsight import DEMONSTRATION_BLOCK, HINDSIGHT_BLOCK, hindsight_messages
+from claas.training.hindsight import DEMONSTRATED, HINDSIGHT_BLOCK, hindsight_messages
 
 QUOTE_WORDS = 4
 
@@ -58,7 +58,7 @@ def fault(reply: Generation, prompt: str, feedback: str, demonstration: str = ""
         return "aborted"
     if not text:
         return "empty"
-    if any(quotes(text, source) for source in (feedback, HINDSIGHT_BLOCK, DEMONSTRATION_BLOCK)):
+    if any(quotes(text, source) for source in (feedback, HINDSIGHT_BLOCK, DEMONSTRATED)):
         return "quotes the feedback"
     if is_degenerate(text):
         return "repeats itself"

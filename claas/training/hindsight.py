@@ -12,25 +12,23 @@ from claas.core.types import ChatMessage
 
 HINDSIGHT_VERSION = 1
 HINDSIGHT_BLOCK = "\n\n(A later message from the user follows. Use it when answering: {feedback})"
-DEMONSTRATION_BLOCK = "\n\n(The user wanted this reply: {demonstration})"
-DISLIKED = "I did not like your reply. Please give me a different and better one."  # what a bare rating of -1 says
+DEMONSTRATED = "Your reply should have been:\n{demonstration}"  # what the message says of a demonstration
+DISLIKED = "Your usual reply to this is not good enough. Give a different, better one."  # and of a bare rating of -1
 
 
 def hindsight_messages(messages: Sequence[ChatMessage], feedback: str, demonstration: str | None = None) -> tuple[ChatMessage, ...]:
-    """`messages` with feedback and demonstration at the end of the last user turn; unchanged when both are empty.
+    """`messages` with the hindsight block at the end of the last user turn; unchanged when feedback and demonstration are empty.
 
     Raises:
         Unteachable: there is no user turn to append to.
     """
-    block = _filled(HINDSIGHT_BLOCK, "{feedback}", feedback) + _filled(DEMONSTRATION_BLOCK, "{demonstration}", demonstration or "")
-    if not block:
+    wanted = (demonstration or "").strip()
+    said = [feedback.strip(), DEMONSTRATED.replace("{demonstration}", wanted) if wanted else ""]
+    if not any(said):
         return tuple(messages)
+    block = HINDSIGHT_BLOCK.replace("{feedback}", "\n".join(filter(None, said)))
     for at in range(len(messages) - 1, -1, -1):
         turn = messages[at]
         if turn.role == "user":
             return (*messages[:at], turn.model_copy(update={"content": (turn.content or "") + block}), *messages[at + 1 :])
     raise Unteachable("the conversation has no user message, so there is nowhere to add the feedback", param="messages")
-
-
-def _filled(block: str, slot: str, text: str) -> str:
-    return block.replace(slot, text.strip()) if text.strip() else ""

@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from claas.storage.database import Database
 from claas.training.engine.local import LocalEngine
 from claas.training.hindsight import hindsight_messages
 from tests.learning.conftest import LORA, lesson
+from tests.models.tiny import TEXTS
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,12 @@ class Class:
     rollouts: SqlRolloutStore
     learner: Learner
 
-    async def reply(self, prompt: str, text: str | None = None) -> Rollout:
-        """A stored reply to `prompt`: this text, or one that the model samples."""
-        ref = await self.engine.lora_runtime_ref(LORA)
-        asked = ask(prompt, ref, temperature=0.7, max_tokens=120, seed=1)
-        if text is None:
-            said = await self.inference.complete(asked)
-            assert said.finish_reason == "stop"
-            ids, logprobs, text = tuple(t.id for t in said.tokens), tuple(t.logprob for t in said.tokens), said.text
-        else:
-            ids = await self.inference.reply_tokens(text)
-            logprobs = (await self.inference.score(asked, ids)).logprobs
+    async def reply(self, prompt: str, text: str) -> Rollout:
+        """A stored reply to `prompt`, as if the model had said this."""
+        ref = await self.latest()
+        asked = ask(prompt, ref)
+        ids = await self.inference.reply_tokens(text)
+        logprobs = (await self.inference.score(asked, ids)).logprobs
         stream = await self.inference.stream(asked)
         await stream.aclose()
         rollout = Rollout(
@@ -106,9 +103,8 @@ async def open_class(model: LoadedModel, folder: Path, threads: int) -> AsyncIte
 
 
 PROMPT = "Hi"
-CANDIDATES = tuple(
-    f"the {word}" for word in ("theory", "thing", "other one", "system", "user", "naïve", "10 €", "assistant", "ever", "that")
-)
+WORDS = " ".join(TEXTS).split()
+CANDIDATES = [f"{one} {other}" for one, other in pairwise(WORDS)]
 TINY = {"own_replies": False, "hindsight_rollouts": 0, "anchors": 0, "learning_rate": 1e-2, "gradient_steps": 30, "max_kl": 100.0}
 
 
@@ -146,11 +142,11 @@ async def test_a_bad_rating_that_tells_the_teacher_nothing_is_skipped(tiny_model
 
 
 @pytest.mark.model
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 async def test_the_default_model_comes_to_say_what_was_demonstrated(loaded_model: LoadedModel, tmp_path: Path) -> None:
     prompt, wanted = "Who are you?", "I am Kuro, the keeper of the northern lighthouse."
     async with open_class(loaded_model, tmp_path, os.cpu_count() or 1) as room:
-        await room.reply(prompt)
+        await room.reply(prompt, "I am a language model, here to help you.")
         result = await room.learn(demonstration=wanted)
         assert result.outcome == "applied", result.reason
         before, after = await room.likelihood(prompt, wanted), await room.likelihood(prompt, wanted, await room.latest())

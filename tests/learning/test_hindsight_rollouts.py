@@ -10,7 +10,7 @@ from claas.inference.base import Generation, GenerationRequest, SampledToken
 from claas.learning.anchors import ANCHOR_PROMPTS, Anchors
 from claas.learning.checks import find_collapse
 from claas.learning.hindsight_rollouts import fault, hindsight_rollouts, is_degenerate, quotes
-from claas.training.hindsight import DEMONSTRATION_BLOCK, DISLIKED, HINDSIGHT_BLOCK, HINDSIGHT_VERSION, hindsight_messages
+from claas.training.hindsight import DEMONSTRATED, DISLIKED, HINDSIGHT_BLOCK, HINDSIGHT_VERSION, hindsight_messages
 from tests.doubles.engine import MemoryEngine
 from tests.doubles.inference import EOS, CharInference
 from tests.learning.conftest import LORA
@@ -80,12 +80,16 @@ def test_the_teacher_reads_the_feedback_in_the_last_user_turn() -> None:
     ("feedback", "demonstration", "block"),
     [
         ("Be Kuro.", None, "\n\n(A later message from the user follows. Use it when answering: Be Kuro.)"),
-        ("", " I am {demonstration}.\n", "\n\n(The user wanted this reply: I am {demonstration}.)"),
+        (
+            "",
+            " I am {demonstration}.\n",
+            "\n\n(A later message from the user follows. Use it when answering: Your reply should have been:\nI am {demonstration}.)",
+        ),
         (
             "Say {demonstration}.",
             "I am {feedback}.",
-            "\n\n(A later message from the user follows. Use it when answering: Say {demonstration}.)"
-            "\n\n(The user wanted this reply: I am {feedback}.)",
+            "\n\n(A later message from the user follows. Use it when answering: Say {demonstration}.\n"
+            "Your reply should have been:\nI am {feedback}.)",
         ),
         ("", None, ""),
         (" ", " ", ""),
@@ -144,7 +148,7 @@ async def test_rollouts_may_quote_the_demonstration_but_not_repeat_it_or_quote_u
         [
             "I am Kuro, at your service.",
             "I am Kuro, at your service, always.",
-            "The user wanted this reply: Kuro",
+            "Your reply should have been Kuro",
             "Your name is Kuro, friend.",
         ]
     )
@@ -159,8 +163,8 @@ def test_a_demonstration_may_bring_another_script() -> None:
 
 
 def test_words_of_a_bad_rating_are_not_to_be_repeated() -> None:
-    assert "quotes" in (fault(generation("Oh, you did not like your reply."), ITEM.prompt, DISLIKED) or "")
-    assert "quotes" in (fault(generation(DEMONSTRATION_BLOCK), ITEM.prompt, "") or "")
+    assert "quotes" in (fault(generation("Oh, my usual reply to this!"), ITEM.prompt, DISLIKED) or "")
+    assert "quotes" in (fault(generation(DEMONSTRATED), ITEM.prompt, "") or "")
 
 
 async def test_no_rollouts_asked_none_sampled() -> None:

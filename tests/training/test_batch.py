@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from claas.core.errors import Unteachable
 from claas.core.types import ChatMessage, DistillBatchItem
 from claas.training.batch import Sample, collate, micro_batches, prepare
-from claas.training.hindsight import DEMONSTRATION_BLOCK
+from claas.training.hindsight import DEMONSTRATED, HINDSIGHT_BLOCK
 from tests.training.conftest import sample
 
 ITEM = DistillBatchItem(
@@ -61,11 +61,12 @@ def test_only_own_replies_have_a_live_teacher_a_ratio_and_a_control() -> None:
 
 def test_a_demonstration_alone_is_something_to_read() -> None:
     """The ids of `render` begin with the length of what is read."""
-    plain, shown = len("Hi"), len("Hi") + len(DEMONSTRATION_BLOCK.replace("{demonstration}", "Hello!"))
+    said = DEMONSTRATED.replace("{demonstration}", "Hello!")
+    shown = len("Hi" + HINDSIGHT_BLOCK.replace("{feedback}", said))
     for source in ("sampled", "hindsight"):
         assert prepared(source=source, feedback="", demonstration="Hello!").teacher_prompt == (shown, 0)
     both = prepared(demonstration="Hello!")
-    assert both.teacher_prompt == (shown - plain + prepared().teacher_prompt[0], 0)
+    assert both.teacher_prompt == (shown + len(f"{ITEM.feedback}\n"), 0)
     assert both.control_prompt == prepared().control_prompt
 
 
