@@ -170,6 +170,7 @@ class DistillBatchItem(Frozen):
     replayed: bool = False
     version: int | None = None
     completion_id: str | None = None
+    feedback_id: str | None = None
 
     @model_validator(mode="after")
     def _aligned(self) -> Self:

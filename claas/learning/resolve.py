@@ -33,7 +33,10 @@ class ResolvedLesson:
         return DistillBatchRequestPayload(
             lora_id=self.lora_id,
             training=self.training,
-            samples=[_sample(item, rollout) for item, rollout in zip(self.request.items, self.rollouts, strict=True)],
+            samples=[
+                _sample(item, rollout).model_copy(update={"feedback_id": feedback_id})
+                for item, rollout, feedback_id in zip(self.request.items, self.rollouts, feedback_ids, strict=True)
+            ],
             feedback_ids=feedback_ids,
         )
 

@@ -109,9 +109,7 @@ class Retraction:
         """All lessons but the one sample; the last version, and the feedback ids of lessons that could not be applied again."""
         left_out: list[str] = []
         for lesson in lessons:
-            remaining = [
-                sample for sample in lesson.samples if row.id not in lesson.feedback_ids or sample.completion_id != row.completion_id
-            ]
+            remaining = [sample for sample in lesson.samples if sample.feedback_id != row.id]
             feedback_ids = tuple(other for other in lesson.feedback_ids if other != row.id)
             if not remaining:
                 continue

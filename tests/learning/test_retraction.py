@@ -66,6 +66,14 @@ async def test_other_items_of_the_same_lesson_stay(school: School) -> None:
     assert school.engine.lessons[-1].parent == 0
 
 
+async def test_two_items_about_the_same_reply_are_told_apart(school: School) -> None:
+    await school.rollout("chatcmpl-1")
+    items = [FeedbackItem(feedback=f"Lesson {n}.", completion_id="chatcmpl-1") for n in (1, 2)]
+    result = await school.learner.learn(lesson(*items))
+    await retracted(school, result.feedback_ids[0])
+    assert await knows(school) == ["Lesson 2."]
+
+
 async def test_a_lesson_that_a_rollback_left_behind_needs_no_rebuilding(school: School) -> None:
     await taught(school, 1)
     second = await taught(school, 2)
