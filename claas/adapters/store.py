@@ -1,8 +1,8 @@
 """The AdapterStore seam: what every place that keeps adapter versions promises.
 
 A version is a folder of files that PEFT loads (`adapter_config.json`, `adapter_model.safetensors`), with the optimizer's moments
-(`optimizer.safetensors`) and a manifest. It is written once, appears whole or not at all, and its number is never used again,
-not even after it was discarded: serving engines cache by name.
+(`optimizer.safetensors`), the teachers that outlive a lesson, if it has any, and a manifest. It is written once, appears whole or not
+at all, and its number is never used again, not even after it was discarded: serving engines cache by name.
 
 Methods block on disk or network: call them off the event loop.
 """
@@ -20,6 +20,7 @@ MANIFEST = "manifest.json"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 OPTIMIZER = "optimizer.safetensors"
+TEACHER = "teacher_{kind}.safetensors"
 
 
 class Staging:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 EngineKind = Literal["local", "modal", "tinker"]
 FinishReason = Literal["stop", "length", "abort"]
 SampleSource = Literal["sampled", "hindsight", "anchor"]
-TeacherKind = Literal["live", "base"]
+TeacherKind = Literal["live", "base", "ema", "snapshot", "book"]
 StepOutcome = Literal["applied", "skipped", "undone"]
 Rating = Literal[1, -1]
 FeedbackState = Literal["queued", "training", "applied", "skipped", "undone", "failed", "retracted"]
@@ -109,7 +109,12 @@ class TrainingConfig(Frozen):
     alpha: divergence of `sampled` rollouts. 0: KL(Q‖P), 1: KL(P‖Q), between: generalised Jensen–Shannon. Hindsight rollouts always use 0.
     is_clip: cap of the importance ratio; None switches the ratio off.
     teacher_top_k: support of the divergence, besides one tail bucket.
-    teacher: which policy judges own replies. Hindsight rollouts are always judged by the base model.
+    teacher: which policy judges own replies. live: the adapter as it is when the lesson begins; base: the base model; ema: a moving
+        average of the adapter; snapshot: the adapter as it was some lessons ago; book: the base model that has also read the feedback of
+        earlier lessons.
+    hindsight_teacher: which policy judges hindsight rollouts.
+    teacher_ema_rate: share of the adapter that the average takes up with each gradient step.
+    teacher_snapshot_every: lessons after which the snapshot is taken anew.
     gradient_steps: optimizer steps on the lesson's batch; the teacher's targets are computed once.
     minibatch: lesson samples, and anchors, that a gradient step takes after the first, which takes all; 0 means all, always.
     hindsight_rollouts: replies sampled with the feedback in view, for each reply the feedback is about.
@@ -131,6 +136,9 @@ class TrainingConfig(Frozen):
     kl_reg_weight: float = Field(default=0.0, ge=0.0, le=1.0)
     teacher_top_k: int = Field(default=100, ge=1, le=1000)
     teacher: TeacherKind = "live"
+    hindsight_teacher: TeacherKind = "base"
+    teacher_ema_rate: float = Field(default=0.01, gt=0.0, le=0.01)
+    teacher_snapshot_every: int = Field(default=4, ge=1, le=1000)
     gradient_steps: int = Field(default=1, ge=1, le=64)
     minibatch: int = Field(default=0, ge=0, le=64)
     hindsight_rollouts: int = Field(default=0, ge=0, le=32)
@@ -151,7 +159,8 @@ class DistillBatchItem(Frozen):
 
     `source` says whose sample y is: the student's own (`sampled`), the teacher's with the feedback in view (`hindsight`; its
     `response_logprobs` may be empty, since no importance ratio applies), or the base model's on an unrelated prompt (`anchor`).
-    `feedback` may be empty; `demonstration` is the reply the user wanted, which the teacher is shown.
+    `feedback` may be empty; `demonstration` is the reply the user wanted, which the teacher is shown. `book` holds other lessons' feedback,
+    oldest first, which a `book` teacher reads before this one's.
     A sample that is not `taught` has no loss: its logprob before and after the lesson is reported. One that is `replayed` belongs to an
     earlier lesson, whose feedback it carries.
     """
@@ -160,6 +169,7 @@ class DistillBatchItem(Frozen):
     response: str
     feedback: str
     demonstration: str | None = None
+    book: tuple[str, ...] = ()
     response_logprobs: tuple[float, ...]
     prompt_token_ids: tuple[int, ...] = Field(min_length=1)
     response_token_ids: tuple[int, ...] = Field(min_length=1)

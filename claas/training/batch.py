@@ -19,6 +19,7 @@ from torch import Tensor
 from claas.core.errors import Unteachable
 from claas.core.types import ChatMessage, DistillBatchItem, SampleSource, TeacherKind
 from claas.training.hindsight import hindsight_messages
+from claas.training.teachers import Speaker
 
 Render = Callable[[Sequence[ChatMessage], Mapping[str, JsonValue]], tuple[int, ...]]
 
@@ -31,7 +32,7 @@ class Sample:
     """
 
     source: SampleSource
-    teacher: TeacherKind
+    teacher: Speaker
     student_prompt: tuple[int, ...]
     teacher_prompt: tuple[int, ...]
     control_prompt: tuple[int, ...] | None
@@ -60,9 +61,17 @@ class Sequences:
 
 
 def prepare(
-    item: DistillBatchItem, render: Render, *, teacher: TeacherKind, parent: int, vocab_size: int, max_context: int, control_feedback: str
+    item: DistillBatchItem,
+    render: Render,
+    *,
+    teacher: TeacherKind,
+    hindsight_teacher: TeacherKind = "base",
+    parent: int,
+    vocab_size: int,
+    max_context: int,
+    control_feedback: str,
 ) -> Sample:
-    """One payload item as a `Sample`, rendered for the teacher and checked.
+    """One payload item as a `Sample`, rendered for the teacher of its source and checked. Anchors are the base model's own.
 
     Raises:
         Unteachable: ids outside the vocabulary, non-finite logprobs, no user turn, or a teacher prompt that does not fit the context.
@@ -74,14 +83,17 @@ def prepare(
     template = item.template_kwargs
     own = item.source == "sampled"
     plain = item.source == "anchor" or not (item.feedback.strip() or item.demonstration)
+    judge = "base" if item.source == "anchor" else teacher if own else hindsight_teacher
+    book = item.book if judge == "book" else ()
+    told, control = (
+        hindsight_messages(item.messages, *said, book) for said in ((item.feedback, item.demonstration), (control_feedback, None))
+    )
     sample = Sample(
         source=item.source,
-        teacher=teacher if own else "base",
+        teacher="base" if judge == "book" else judge,
         student_prompt=item.prompt_token_ids,
-        teacher_prompt=item.prompt_token_ids
-        if plain
-        else render(hindsight_messages(item.messages, item.feedback, item.demonstration), template),
-        control_prompt=render(hindsight_messages(item.messages, control_feedback), template) if own and not item.replayed else None,
+        teacher_prompt=item.prompt_token_ids if plain else render(told, template),
+        control_prompt=render(control, template) if own and not item.replayed else None,
         response=item.response_token_ids,
         served_logp=item.response_logprobs,
         on_policy=not own or item.version is None or item.version == parent,

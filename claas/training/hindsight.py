@@ -16,8 +16,12 @@ DEMONSTRATED = "Your reply should have been:\n{demonstration}"  # what the messa
 DISLIKED = "Your usual reply to this is not good enough. Give a different, better one."  # and of a bare rating of -1
 
 
-def hindsight_messages(messages: Sequence[ChatMessage], feedback: str, demonstration: str | None = None) -> tuple[ChatMessage, ...]:
+def hindsight_messages(
+    messages: Sequence[ChatMessage], feedback: str, demonstration: str | None = None, book: Sequence[str] = ()
+) -> tuple[ChatMessage, ...]:
     """`messages` with the hindsight block at the end of the last user turn; unchanged when feedback and demonstration are empty.
+
+    `book` is earlier feedback, which stands before this one: the newest has the last word.
 
     Raises:
         Unteachable: there is no user turn to append to.
@@ -26,7 +30,7 @@ def hindsight_messages(messages: Sequence[ChatMessage], feedback: str, demonstra
     said = [feedback.strip(), DEMONSTRATED.replace("{demonstration}", wanted) if wanted else ""]
     if not any(said):
         return tuple(messages)
-    block = HINDSIGHT_BLOCK.replace("{feedback}", "\n".join(filter(None, said)))
+    block = HINDSIGHT_BLOCK.replace("{feedback}", "\n".join(filter(None, [*book, *said])))
     for at in range(len(messages) - 1, -1, -1):
         turn = messages[at]
         if turn.role == "user":

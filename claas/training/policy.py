@@ -11,11 +11,13 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from claas.adapters.store import OPTIMIZER
 from claas.models.base_model import LoadedModel
 from claas.training.batch import Sequences
 from claas.training.lora import LoraLinear
+from claas.training.teachers import Adapter, Speaker, Teacher, TeacherMemory
 
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-6
@@ -33,6 +35,7 @@ class Policy:
         causal_lm = self._peft.get_base_model()
         self._backbone: nn.Module = causal_lm.get_decoder()
         self._head: nn.Module = causal_lm.get_output_embeddings()
+        self.teachers: dict[TeacherMemory, Teacher] = {}
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in sorted(self._peft.named_parameters()) if p.requires_grad}
         # Recomputing activations costs a third more time; a small model's fit without.
         large = base.n_params >= CHECKPOINTING_FROM_PARAMS
@@ -40,16 +43,24 @@ class Policy:
             causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         self._peft.train(large)
 
-    def hidden(self, sequences: Sequences, *, adapter: bool = True) -> Tensor:
-        """Final hidden states at the positions that predict a response token, (N, D). `adapter` False is the base model."""
+    def hidden(self, sequences: Sequences, *, speaker: Speaker = "live") -> Tensor:
+        """Final hidden states at the positions that predict a response token, (N, D). `live` is the adapter that is trained."""
         batch = sequences.to(self.device)
-        if adapter:
+        if speaker == "live":
             out_BLD = self._backbone(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
-        else:
+        elif speaker == "base":
             with self._peft.disable_adapter():
                 out_BLD = self._backbone(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
+        else:
+            worn = self._in_backbone(self.teachers[speaker].weights)
+            out_BLD = functional_call(self._backbone, worn, (), {"input_ids": batch.ids_BL, "use_cache": False}).last_hidden_state
         hidden_ND: Tensor = out_BLD.flatten(0, 1)[batch.predict_N]
         return hidden_ND
+
+    def _in_backbone(self, adapter: Adapter) -> dict[str, Tensor]:
+        """An adapter's matrices by their names in the decoder."""
+        ours = {id(parameter): name for name, parameter in self.parameters.items()}
+        return {name: adapter[ours[id(p)]] for name, p in self._backbone.named_parameters() if id(p) in ours}
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """The LM head on a chunk of positions, (N, V) in the model's dtype."""

@@ -24,6 +24,7 @@ from claas.core.types import SampleSource, StepOutcome, TrainingConfig
 from claas.training.batch import Sample, Sequences, collate, micro_batches
 from claas.training.policy import Policy
 from claas.training.sdpo import bucket_and_token_logp, bucket_logp, divergence, importance_ratio, token_logp, top_k_support
+from claas.training.teachers import Speaker
 
 CHUNK = 128
 MICRO_BATCH_TOKENS = 1024
@@ -181,18 +182,17 @@ class LessonStep:
     def _contexts(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Hidden states (N, D) of everything the student is compared with: the teacher and, where asked, the base and the control."""
         responses = [s.response for s in batch.samples]
-        passes: dict[str, tuple[Sequences, bool]] = {
-            "teacher": (collate([s.teacher_prompt for s in batch.samples], responses), batch.samples[0].teacher == "live")
-        }
+        teacher = batch.samples[0].teacher
+        passes: dict[str, tuple[Sequences, Speaker]] = {"teacher": (collate([s.teacher_prompt for s in batch.samples], responses), teacher)}
         if self._config.kl_reg_weight > 0:
-            passes["base"] = (batch.student, False)
+            passes["base"] = (batch.student, "base")
         controls = [s.control_prompt for s in batch.samples if s.control_prompt is not None]
         if controls:
-            passes["control"] = (collate(controls, responses), batch.samples[0].teacher == "live")
+            passes["control"] = (collate(controls, responses), teacher)
         hidden = {}
-        for name, (sequences, adapter) in passes.items():
+        for name, (sequences, speaker) in passes.items():
             with self._timed(name):
-                hidden[name] = self._policy.hidden(sequences, adapter=adapter)
+                hidden[name] = self._policy.hidden(sequences, speaker=speaker)
             self._forward_tokens += sequences.ids_BL.numel()
         return hidden
 

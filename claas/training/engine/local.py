@@ -26,6 +26,7 @@ from claas.training.figures import summarise
 from claas.training.policy import Policy
 from claas.training.report import StepReport
 from claas.training.step import LessonStep
+from claas.training.teachers import after_lesson, load_teachers, save_teachers, wanted_teachers
 
 CONTROL_FEEDBACK = "The parcel will arrive on Thursday, between nine and eleven."
 
@@ -70,13 +71,17 @@ class LocalEngine(StoredEngine):
         samples = self._samples(payload, parent)
         with self._share.training():
             policy = Policy(self._base, folder)
-            optimizer = policy.optimizer(folder, payload.training.learning_rate)
-            result = LessonStep(policy, optimizer, payload.training, samples, self._breathe).run()
-            report = summarise(result, payload.training, parent=parent, token_text=self._token_text)
+            training = payload.training
+            policy.teachers = load_teachers(folder, wanted_teachers(training), policy.snapshot())
+            optimizer = policy.optimizer(folder, training.learning_rate)
+            result = LessonStep(policy, optimizer, training, samples, self._breathe).run()
+            report = summarise(result, training, parent=parent, token_text=self._token_text)
             if report.outcome != "applied":
                 return report
             with self._store.stage(self._manifest(payload, report)) as staging:
                 policy.save(staging.path, optimizer)
+                after = after_lesson(policy.teachers, policy.snapshot(), training, report.update.optimizer_steps)
+                save_teachers(staging.path, after)
         return report.model_copy(update={"version": staging.version})
 
     def _breathe(self) -> None:
@@ -97,6 +102,7 @@ class LocalEngine(StoredEngine):
                 item,
                 tokens,
                 teacher=payload.training.teacher,
+                hindsight_teacher=payload.training.hindsight_teacher,
                 parent=parent,
                 vocab_size=int(self._base.config.vocab_size),
                 max_context=self._base.max_context,
