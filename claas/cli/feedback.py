@@ -36,7 +36,7 @@ def feedback(
     if as_json:
         typer.echo(json.dumps(answer))
     else:
-        typer.echo(f"{step.headline()}\n{step.figures()}")
+        typer.echo("\n".join([step.headline(), *step.remarks(), step.figures()]))
         for shown in answer["shown"]:
             typer.echo(f"\n> {shown['prompt']}\nbefore: {shown['before']}\nafter:  {shown['after']}")
     if not step.applied:

@@ -116,6 +116,8 @@ class Repl:
         with self._console.status("learning …"):
             step = Step.of(self._client.feedback([self._last.id], **said))
         self._say(step.headline(), "green" if step.applied else "yellow")
+        for remark in step.remarks():
+            self._say(remark, "yellow")
         self._say(step.figures(), "dim")
         return step.applied
 

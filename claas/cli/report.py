@@ -15,6 +15,7 @@ class Step:
     reason: str | None
     parent: int
     version: int
+    contradicts: tuple[int, ...]
     loss_before: float
     loss_after: float | None
     realised_kl: float | None
@@ -32,6 +33,7 @@ class Step:
             reason=answer["reason"],
             parent=report["parent"],
             version=answer["version"],
+            contradicts=tuple(answer["contradicts"]),
             loss_before=report["update"]["loss_before"],
             loss_after=report["update"]["loss_after"],
             realised_kl=report["update"]["realised_kl"],
@@ -49,6 +51,13 @@ class Step:
         if self.applied:
             return f"learnt: version {self.parent} → {self.version}, loss {figure(self.loss_before)} → {figure(self.loss_after)}"
         return f"{self.outcome}, version {self.version} serves on: {self.reason or 'no reason was given'}"
+
+    def remarks(self) -> list[str]:
+        """What the person should know besides."""
+        if not self.contradicts:
+            return []
+        versions = f"version{'s' if len(self.contradicts) > 1 else ''} {', '.join(map(str, self.contradicts))}"
+        return [f"this contradicts what was taught as {versions}: the newer wins"]
 
     def figures(self) -> str:
         """What it took, in one line."""

@@ -79,6 +79,8 @@ def show(result: Result) -> None:
     console.print(table)
     for number, one in enumerate(result.rounds, start=1):
         _line(console, f"round {number}: {one.step.headline()}", "green" if one.step.applied else "yellow")
+        for remark in one.step.remarks():
+            _line(console, f"  {remark}", "yellow")
         _line(console, f"  {one.step.figures()}", "dim")
         if lesson.expect is not None:
             _line(console, f"  {one.matched} of {total} probes match", "dim")

@@ -5,7 +5,7 @@ What an adapter knows is what its line of versions learnt: after a rollback, les
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 from sqlalchemy import CursorResult, delete, select
@@ -19,7 +19,10 @@ MAX_LESSONS = 1000
 
 
 class TaughtLesson(Frozen):
-    """A lesson as it was taught: from which version to which, how, and its own samples (no anchors, no earlier lessons')."""
+    """A lesson as it was taught: from which version to which, how, and its own samples (no anchors, no earlier lessons').
+
+    `contradicts` are the ids of earlier feedback that it overrules, for as long as it is in the line.
+    """
 
     lora_id: str
     version: int
@@ -27,6 +30,7 @@ class TaughtLesson(Frozen):
     feedback_ids: tuple[str, ...]
     training: TrainingConfig
     samples: tuple[DistillBatchItem, ...]
+    contradicts: tuple[str, ...] = ()
 
 
 class LessonBook:
@@ -65,6 +69,18 @@ class LessonBook:
         """Remove an adapter's lessons; returns how many."""
         query = delete(LessonRow).where(LessonRow.lora_id == lora_id)
         return await self._database.run(lambda session: cast(CursorResult[Any], session.execute(query)).rowcount)
+
+
+def standing(lessons: Sequence[TaughtLesson], overruled: Collection[str] = ()) -> list[TaughtLesson]:
+    """A line of lessons without the samples of `overruled` feedback, and of that which a later lesson of the line contradicts."""
+    gone = {feedback_id for lesson in lessons for feedback_id in lesson.contradicts} | set(overruled)
+    kept = [lesson.model_copy(update={"samples": tuple(s for s in lesson.samples if s.feedback_id not in gone)}) for lesson in lessons]
+    return [lesson for lesson in kept if lesson.samples]
+
+
+def taught_samples(lessons: Sequence[TaughtLesson]) -> list[DistillBatchItem]:
+    """Everything that these lessons taught, oldest first."""
+    return [sample for lesson in lessons for sample in lesson.samples if sample.taught]
 
 
 def rehearsal(lessons: Sequence[TaughtLesson], n: int, turn: int) -> list[DistillBatchItem]:

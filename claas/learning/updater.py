@@ -1,20 +1,26 @@
 """One update of an adapter, from a lesson's own samples to a version fit to serve, or to the reason why there is none.
 
-Rehearse what must stay, distill, judge the result, write it into the lesson book. It moves no `latest` and knows nothing of feedback.
+Notice what is contradicted, rehearse what must stay, distill, judge the result, write it into the lesson book. It moves no `latest` and
+knows nothing of feedback.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from claas.core.types import DistillBatchItem, DistillBatchRequestPayload, DistillResponse, LoraRuntimeRef
 from claas.inference.base import InferenceBackend
 from claas.learning.anchors import Anchors
 from claas.learning.checks import find_collapse
-from claas.learning.lesson_book import LessonBook, TaughtLesson, rehearsal
+from claas.learning.contradictions import claims, contradicted
+from claas.learning.lesson_book import LessonBook, TaughtLesson, rehearsal, standing, taught_samples
 from claas.learning.stopwatch import Stopwatch
 from claas.training.engine.base import TrainingEngine
 
 SECOND_TRY = 0.3
 """The share of the learning rate with which an undone lesson is tried again."""
+BOOK_TOKENS = 256
+"""How much of the book a `book` teacher reads."""
 
 
 class Updater:
@@ -29,10 +35,14 @@ class Updater:
     async def update(self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, watch: Stopwatch) -> DistillResponse:
         """Train `parent` on the lesson's samples, beside earlier lessons' and anchors. What did harm is tried once more, smaller.
 
-        A version in `metadata` is checked, loaded and in the lesson book, and does not serve yet.
+        A version in `metadata` is checked, loaded and in the lesson book, and does not serve yet. Its `contradicts` are the versions that
+        were taught what the lesson overrules, and what is no longer rehearsed.
         """
         payload = payload.model_copy(update={"parent": parent.version})
-        whole = payload.model_copy(update={"samples": [*payload.samples, *await self._beside(payload, parent)]})
+        learnt = standing(await self._book.learnt(parent.lora_id, parent.version, await self._engine.versions(parent.lora_id)))
+        with watch.phase("contradictions"):
+            overruled = await contradicted(claims(taught_samples(learnt)), payload.samples, self._inference)
+        whole = payload.model_copy(update={"samples": await self._with_earlier(payload, parent, standing(learnt, overruled))})
         step = await self._try(whole, parent, watch)
         if step.metadata["outcome"] == "undone":
             training = whole.training.model_copy(update={"learning_rate": whole.training.learning_rate * SECOND_TRY})
@@ -46,15 +56,35 @@ class Updater:
                 feedback_ids=payload.feedback_ids,
                 training=payload.training,
                 samples=tuple(payload.samples),
+                contradicts=tuple(sorted(overruled)),
             )
             await self._book.add(taught)
+            versions = sorted({lesson.version for lesson in learnt for sample in lesson.samples if sample.feedback_id in overruled})
+            step = step.model_copy(update={"metadata": step.metadata | {"contradicts": versions}})
         return step
 
-    async def _beside(self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef) -> list[DistillBatchItem]:
-        """Samples of earlier lessons, and the anchors that the lesson must leave alone."""
-        learnt = await self._book.learnt(parent.lora_id, parent.version, await self._engine.versions(parent.lora_id))
-        anchors = await self._anchors.take(payload.training.anchors, parent.version)
-        return [*rehearsal(learnt, payload.training.replay, parent.version), *anchors]
+    async def _with_earlier(
+        self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, earlier: Sequence[TaughtLesson]
+    ) -> list[DistillBatchItem]:
+        """The lesson's samples, those of earlier lessons, and the anchors that it must leave alone."""
+        training = payload.training
+        judged = [*payload.samples, *rehearsal(earlier, training.replay, parent.version)]
+        if "book" in (training.teacher, training.hindsight_teacher):
+            book = await self._newest_feedback(earlier)
+            judged = [s.model_copy(update={"book": tuple(text for text in book if text != s.feedback)}) for s in judged]
+        return [*judged, *await self._anchors.take(training.anchors, parent.version)]
+
+    async def _newest_feedback(self, lessons: Sequence[TaughtLesson]) -> list[str]:
+        """What the lessons said in words, oldest first; of more than `BOOK_TOKENS` tokens the newest."""
+        newest_first = [claim.feedback for claim in reversed(claims(taught_samples(lessons))) if claim.in_words]
+        kept: list[str] = []
+        left = BOOK_TOKENS
+        for text in newest_first:
+            left -= len(await self._inference.reply_tokens(text))
+            if left < 0:
+                break
+            kept.append(text)
+        return kept[::-1]
 
     async def _try(self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, watch: Stopwatch) -> DistillResponse:
         with watch.phase("distill"):

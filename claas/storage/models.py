@@ -108,7 +108,7 @@ class StepRow(Base):
 
 
 class LessonRow(Base):
-    """What a version was taught beyond its parent: how, and the samples that taught it."""
+    """What a version was taught beyond its parent: how, the samples that taught it, and the ids of earlier feedback that it overrules."""
 
     __tablename__ = "lessons"
 
@@ -118,3 +118,4 @@ class LessonRow(Base):
     feedback_ids: Mapped[list[str]] = mapped_column(JSON)
     training: Mapped[dict[str, JsonValue]] = mapped_column(JSON)
     samples: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    contradicts: Mapped[list[str]] = mapped_column(JSON, default=list)

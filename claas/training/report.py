@@ -87,12 +87,14 @@ class Cost(Frozen):
 class StepReport(Frozen):
     """One lesson's outcome and figures. `version` is the published one, None unless applied.
 
+    `contradicts` are the versions whose lessons this one overrules, with what they taught.
     `first_try` says why the lesson was undone once already, when this is a second try with a smaller learning rate.
     """
 
     outcome: StepOutcome
     reason: str | None
     first_try: str | None = None
+    contradicts: tuple[int, ...] = ()
     parent: int
     version: int | None
     hindsight_version: int

@@ -231,7 +231,7 @@ SPELLED: dict[str, Any] = {"lora_id": ADAPTER, "prompt": "Hello", "response": "H
         (ITEM | {"training": {"lr": 1}}, "requests.0.training.lr", "unknown"),
         (ITEM | {"training": {"learning_rate": 0}}, "requests.0.training.learning_rate", "greater than 0"),
         (ITEM | {"training": {"alpha": 1.5}}, "requests.0.training.alpha", "less than or equal to 1"),
-        (ITEM | {"training": {"teacher": "ema"}}, "requests.0.training.teacher", "'live'"),
+        (ITEM | {"training": {"teacher": "oracle"}}, "requests.0.training.teacher", "'live'"),
         (ITEM | {"training": []}, "requests.0.training", "object"),
         (ITEM | {"what": 1}, "requests.0.what", "unknown"),
         ("x", "requests.0", "object"),

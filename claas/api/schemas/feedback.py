@@ -109,6 +109,8 @@ class VllmState(BaseModel):
 class FeedbackResponse(BaseModel):
     """What came of the lesson. `version` is the one that serves now, `distill_result.metadata` the step's own report.
 
+    `contradicts` are versions that were taught something else: the newer lesson wins, what they taught of it is no longer rehearsed.
+
     `status` is "ok" for a step that was applied; "skipped" and "undone" changed nothing and give their `reason`.
     """
 
@@ -117,6 +119,7 @@ class FeedbackResponse(BaseModel):
     request_id: str
     lora_id: str
     version: int
+    contradicts: list[int]
     feedback_ids: list[str]
     distill_result: DistillResponse
     vllm: VllmState = VllmState()
@@ -133,6 +136,7 @@ class FeedbackResponse(BaseModel):
             request_id=result.request_id,
             lora_id=result.lora_id,
             version=result.version,
+            contradicts=result.distill_result.metadata.get("contradicts", []),
             feedback_ids=list(result.feedback_ids),
             distill_result=result.distill_result,
             feedback_log_path=result.log_path,

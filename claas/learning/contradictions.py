@@ -1,0 +1,141 @@
+"""Does a lesson take back what was taught before? Words propose, the model confirms; false alarms weigh more than misses.
+
+Two feedback texts are in doubt if they differ in one thing only and the old one's was learnt ("Your name is Kuro" → "Your name is Max"), or
+if the new one denies what was learnt ("You are not Kuro any more"). Learnt is what the taught replies say and their prompts do not. It is a
+contradiction if the model, told the new feedback in place of the old one, has lost most of what the old one did for those replies.
+The measurements are in docs/decisions/0008-contradictions.md. It knows nothing of versions, of the book or of what follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+from claas.core.types import DistillBatchItem
+from claas.inference.base import GenerationRequest, InferenceBackend
+from claas.training.hindsight import DISLIKED, hindsight_messages
+
+MAX_CLAIMS = 64
+MAX_DOUBTS = 8
+SAMPLES = 2
+LOST = 0.5
+"""The share of the old feedback's effect on its replies that must be gone."""
+SHARED_WORDS = 2
+SLOT_WORDS = 2
+REACH = 5
+_DENIALS = frozenset(("not", "no", "never", "stop", "longer", "don't", "isn't", "aren't", "doesn't"))
+_QUOTE = re.compile(r"[\"“”]([^\"“”]+)[\"“”]|(?<!\w)['‘]((?:[^'’]|(?<=\w)['’](?=\w))+)['’](?!\w)")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One thing that was taught: a feedback text and the taught samples that carry it."""
+
+    feedback: str
+    samples: tuple[DistillBatchItem, ...]
+
+    @property
+    def in_words(self) -> bool:
+        """Whether it says something of its own; a demonstration or a rating alone does not."""
+        return self.feedback not in ("", DISLIKED)
+
+    @property
+    def feedback_ids(self) -> set[str]:
+        return {sample.feedback_id for sample in self.samples if sample.feedback_id is not None}
+
+
+def claims(samples: Sequence[DistillBatchItem]) -> list[Claim]:
+    """What these samples teach, feedback by feedback; the one that was given last comes last."""
+    texts = list(dict.fromkeys(sample.feedback for sample in reversed(samples)))[::-1]
+    return [Claim(text, tuple(sample for sample in samples if sample.feedback == text)) for text in texts]
+
+
+async def contradicted(old: Sequence[Claim], new: Sequence[DistillBatchItem], inference: InferenceBackend) -> set[str]:
+    """The ids of the earlier feedback, of the last `MAX_CLAIMS` claims, that the new samples contradict."""
+    texts = [claim.feedback for claim in claims(new) if claim.in_words]
+    pairs = [(claim, text) for claim in old[-MAX_CLAIMS:] for text in texts]
+    doubts = [(claim, text, phrase) for claim, text in pairs if (phrase := doubted(claim, text)) is not None][-MAX_DOUBTS:]
+    lost = await asyncio.gather(*(share_lost(*doubt, inference) for doubt in doubts))
+    found = [claim for (claim, *_), share in zip(doubts, lost, strict=True) if share >= LOST]
+    ids = {feedback_id for claim in found for feedback_id in claim.feedback_ids}
+    return ids | {s.feedback_id for claim in old for s in claim.samples if s.feedback_id is not None and _shown_otherwise(s, new)}
+
+
+def _shown_otherwise(sample: DistillBatchItem, new: Sequence[DistillBatchItem]) -> bool:
+    """The very same conversation, with another reply to be given."""
+    shown = {other.demonstration for other in new if other.messages == sample.messages} - {None}
+    return sample.demonstration is not None and bool(shown) and sample.demonstration not in shown
+
+
+def doubted(claim: Claim, text: str) -> str | None:
+    """What the claim's replies have learnt to say and the new feedback seems to take back, by its words; None if nothing."""
+    if not claim.in_words or _words(claim.feedback) == _words(text):
+        return None
+    return _replaced(claim, text) or _denied(claim, text)
+
+
+def _replaced(claim: Claim, text: str) -> str | None:
+    """The texts are the same but for one thing, and the old one's was learnt."""
+    old, new = _tokens(claim.feedback), _tokens(text)
+    matcher = SequenceMatcher(None, old, new, autojunk=False)
+    changes = {(old[a:b], new[c:d]) for kind, a, b, c, d in matcher.get_opcodes() if kind != "equal"}
+    if len(changes) != 1 or sum(block.size for block in matcher.get_matching_blocks()) < SHARED_WORDS:
+        return None
+    ((was, becomes),) = changes
+    phrase = " ".join(was)
+    return phrase if 1 <= len(was) <= SLOT_WORDS and 1 <= len(becomes) <= SLOT_WORDS and _learnt(claim, phrase) else None
+
+
+def _denied(claim: Claim, text: str) -> str | None:
+    """Something that was learnt stands closely behind a "not" in one clause."""
+    learnt = [word for word in _words(claim.feedback) if len(word) > 3 and _learnt(claim, word)]
+    for clause in map(_words, re.split(r"[,.;:!?]+(?:\s|$)", text)):
+        for at, word in enumerate(clause):
+            denied = clause[at + 1 : at + 1 + REACH] if word in _DENIALS else []
+            if found := next((word for word in learnt if word in denied), None):
+                return found
+    return None
+
+
+def _learnt(claim: Claim, phrase: str) -> bool:
+    """A taught reply says it, and no prompt does."""
+    return any(_says(s.response, phrase) for s in claim.samples) and not any(_says(s.prompt, phrase) for s in claim.samples)
+
+
+def _says(text: str, phrase: str) -> bool:
+    return f" {' '.join(_words(phrase))} " in f" {' '.join(_words(text))} "
+
+
+async def share_lost(claim: Claim, text: str, phrase: str, inference: InferenceBackend) -> float:
+    """How much of what its feedback does for the likelihood of the claim's replies is gone where the new feedback is told instead.
+
+    Asked of at most `SAMPLES` replies that say `phrase`, of different conversations where there are several.
+    """
+    saying = [sample for sample in claim.samples if _says(sample.response, phrase)]
+    replies = [*{sample.messages: sample for sample in saying}.values()][:SAMPLES]
+    logps = await asyncio.gather(*(_logp(s, told, inference) for told in ("", claim.feedback, text) for s in replies))
+    plain, told, instead = (sum(logps[at : at + len(replies)]) for at in range(0, len(logps), len(replies)))
+    return (told - instead) / (told - plain) if told > plain else 0.0
+
+
+async def _logp(sample: DistillBatchItem, feedback: str, inference: InferenceBackend) -> float:
+    messages = hindsight_messages(sample.messages, feedback)
+    request = GenerationRequest(messages=messages, template_kwargs=sample.template_kwargs, background=True)
+    return sum((await inference.score(request, sample.response_token_ids)).logprobs)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+(?:['’]\w+)*", text.casefold().replace("’", "'"))
+
+
+def _tokens(text: str) -> tuple[str, ...]:
+    """Words, with everything in quotes as one."""
+    found: list[str] = []
+    at = 0
+    for quote in _QUOTE.finditer(text):
+        found += [*_words(text[at : quote.start()]), " ".join(_words(quote[1] or quote[2]))]
+        at = quote.end()
+    return (*found, *_words(text[at:]))
