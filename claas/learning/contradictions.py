@@ -115,7 +115,7 @@ async def share_lost(claim: Claim, text: str, phrase: str, inference: InferenceB
     Asked of at most `SAMPLES` replies that say `phrase`, of different conversations where there are several.
     """
     saying = [sample for sample in claim.samples if _says(sample.response, phrase)]
-    replies = [*{sample.messages: sample for sample in saying}.values()][:SAMPLES]
+    replies = [*{sample.prompt_token_ids: sample for sample in saying}.values()][:SAMPLES]
     logps = await asyncio.gather(*(_logp(s, told, inference) for told in ("", claim.feedback, text) for s in replies))
     plain, told, instead = (sum(logps[at : at + len(replies)]) for at in range(0, len(logps), len(replies)))
     return (told - instead) / (told - plain) if told > plain else 0.0

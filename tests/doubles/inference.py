@@ -101,6 +101,7 @@ class CharInference(InferenceBackend):
         self.unhealthy: str | None = None
         self.broken_after: int | None = None
         self.surprise = 0.0
+        self.suggestible = False
         self.breakage: Exception = BackendUnavailable("the engine broke")
 
     async def stream(self, request: GenerationRequest) -> TokenStream:
@@ -117,9 +118,15 @@ class CharInference(InferenceBackend):
         return stream
 
     async def score(self, request: GenerationRequest, completion: str | tuple[int, ...]) -> Score:
-        """Text that the reply function would not have said of its own accord is `surprise` nats a token less likely."""
+        """Text that the reply function would not have said of its own accord is `surprise` nats a token less likely.
+
+        If `suggestible`, only for the share of its words that the prompt does not hold.
+        """
         ids = tuple(map(ord, completion)) if isinstance(completion, str) else completion
-        return Score(len(prompt_ids(request)), ids, tuple(map(self.token_text, ids)), tuple(logprob_of(i) - self.surprise for i in ids))
+        words = "".join(chr(i) for i in ids if i != EOS).split()
+        unheard = sum(word not in "".join(map(chr, prompt_ids(request))) for word in words) / len(words) if self.suggestible else 1.0
+        logprobs = tuple(logprob_of(i) - self.surprise * unheard for i in ids)
+        return Score(len(prompt_ids(request)), ids, tuple(map(self.token_text, ids)), logprobs)
 
     async def reply_tokens(self, text: str) -> tuple[int, ...]:
         return (*map(ord, text), EOS)
