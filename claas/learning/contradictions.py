@@ -1,9 +1,11 @@
-"""Does a lesson take back what was taught before? Words propose, the model confirms; false alarms weigh more than misses.
+"""Does a lesson take back what was taught before? False alarms weigh more than misses: only what is said plainly is noticed.
 
-Two feedback texts are in doubt if they differ in one thing only and the old one's was learnt ("Your name is Kuro" → "Your name is Max"), or
-if the new one denies what was learnt ("You are not Kuro any more"). Learnt is what the taught replies say and their prompts do not. It is a
-contradiction if the model, told the new feedback in place of the old one, has lost most of what the old one did for those replies.
-The measurements are in docs/decisions/0008-contradictions.md. It knows nothing of versions, of the book or of what follows.
+A new feedback text takes an earlier one back if it is the same but denied ("You are not called Kuro any more"), or if it is the same but
+for one thing ("You are called Max") and the model confirms it: told the new feedback in place of the old one, it has lost most of what the
+old one did for the taught replies. Either way the thing must have been learnt: a taught reply says it, and no prompt does. Another
+demonstration for the very same conversation takes the first one back. The measurements are in docs/decisions/0008-contradictions.md.
+
+It knows nothing of versions, of the book or of what follows.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ MAX_DOUBTS = 8
 SAMPLES = 2
 LOST = 0.5
 """The share of the old feedback's effect on its replies that must be gone."""
-SHARED_WORDS = 2
+SHARED_WORDS = 3
 SLOT_WORDS = 2
-REACH = 5
-_DENIALS = frozenset(("not", "no", "never", "stop", "longer", "don't", "isn't", "aren't", "doesn't"))
+_NOT = frozenset(("not", "no", "never", "stop"))
+_DENYING = _NOT | {"do", "does", "longer", "any", "more", "anymore"}
 _QUOTE = re.compile(r"[\"“”]([^\"“”]+)[\"“”]|(?<!\w)['‘]((?:[^'’]|(?<=\w)['’](?=\w))+)['’](?!\w)")
 
 
@@ -56,10 +58,11 @@ def claims(samples: Sequence[DistillBatchItem]) -> list[Claim]:
 async def contradicted(old: Sequence[Claim], new: Sequence[DistillBatchItem], inference: InferenceBackend) -> set[str]:
     """The ids of the earlier feedback, of the last `MAX_CLAIMS` claims, that the new samples contradict."""
     texts = [claim.feedback for claim in claims(new) if claim.in_words]
-    pairs = [(claim, text) for claim in old[-MAX_CLAIMS:] for text in texts]
-    doubts = [(claim, text, phrase) for claim, text in pairs if (phrase := doubted(claim, text)) is not None][-MAX_DOUBTS:]
+    pairs = [(claim, text) for claim in old[-MAX_CLAIMS:] if claim.in_words for text in texts]
+    doubts = [(claim, text, thing) for claim, text in pairs if (thing := replaced(claim, text)) is not None][-MAX_DOUBTS:]
     lost = await asyncio.gather(*(share_lost(*doubt, inference) for doubt in doubts))
     found = [claim for (claim, *_), share in zip(doubts, lost, strict=True) if share >= LOST]
+    found += [claim for claim, text in pairs if denied(claim, text)]
     ids = {feedback_id for claim in found for feedback_id in claim.feedback_ids}
     return ids | {s.feedback_id for claim in old for s in claim.samples if s.feedback_id is not None and _shown_otherwise(s, new)}
 
@@ -70,34 +73,34 @@ def _shown_otherwise(sample: DistillBatchItem, new: Sequence[DistillBatchItem]) 
     return sample.demonstration is not None and bool(shown) and sample.demonstration not in shown
 
 
-def doubted(claim: Claim, text: str) -> str | None:
-    """What the claim's replies have learnt to say and the new feedback seems to take back, by its words; None if nothing."""
-    if not claim.in_words or _words(claim.feedback) == _words(text):
-        return None
-    return _replaced(claim, text) or _denied(claim, text)
-
-
-def _replaced(claim: Claim, text: str) -> str | None:
-    """The texts are the same but for one thing, and the old one's was learnt."""
+def replaced(claim: Claim, text: str) -> str | None:
+    """What the replies have learnt to say, if it is the one thing in which the new feedback differs; None if it is not so."""
     old, new = _tokens(claim.feedback), _tokens(text)
     matcher = SequenceMatcher(None, old, new, autojunk=False)
     changes = {(old[a:b], new[c:d]) for kind, a, b, c, d in matcher.get_opcodes() if kind != "equal"}
     if len(changes) != 1 or sum(block.size for block in matcher.get_matching_blocks()) < SHARED_WORDS:
         return None
     ((was, becomes),) = changes
-    phrase = " ".join(was)
-    return phrase if 1 <= len(was) <= SLOT_WORDS and 1 <= len(becomes) <= SLOT_WORDS and _learnt(claim, phrase) else None
+    thing = " ".join(was)
+    plain = 1 <= len(was) <= SLOT_WORDS and 1 <= len(becomes) <= SLOT_WORDS
+    return thing if plain and not _says(text, thing) and _learnt(claim, thing) else None
 
 
-def _denied(claim: Claim, text: str) -> str | None:
-    """Something that was learnt stands closely behind a "not" in one clause."""
-    learnt = [word for word in _words(claim.feedback) if len(word) > 3 and _learnt(claim, word)]
-    for clause in map(_words, re.split(r"[,.;:!?]+(?:\s|$)", text)):
-        for at, word in enumerate(clause):
-            denied = clause[at + 1 : at + 1 + REACH] if word in _DENIALS else []
-            if found := next((word for word in learnt if word in denied), None):
-                return found
-    return None
+def denied(claim: Claim, text: str) -> bool:
+    """Whether a clause of the new feedback is one of the claim's with a "not", give or take a word, about something that was learnt."""
+    for new in filter(_NOT.intersection, _clauses(text)):
+        stated = set(new) - _DENYING
+        for old in _clauses(claim.feedback):
+            both = stated.intersection(old)
+            near = len(both) >= SHARED_WORDS and len(stated - both) <= 1 and len(set(old) - both) <= 1
+            if near and not _NOT.intersection(old) and any(len(word) > 2 and _learnt(claim, word) for word in both):
+                return True
+    return False
+
+
+def _clauses(text: str) -> list[list[str]]:
+    """The words of each clause, with "n't" as a "not" of its own."""
+    return [_words(clause) for clause in re.split(r"[,.;:!?]+(?:\s|$)", text.replace("’", "'").replace("n't", " not"))]
 
 
 def _learnt(claim: Claim, phrase: str) -> bool:
@@ -109,12 +112,12 @@ def _says(text: str, phrase: str) -> bool:
     return f" {' '.join(_words(phrase))} " in f" {' '.join(_words(text))} "
 
 
-async def share_lost(claim: Claim, text: str, phrase: str, inference: InferenceBackend) -> float:
+async def share_lost(claim: Claim, text: str, thing: str, inference: InferenceBackend) -> float:
     """How much of what its feedback does for the likelihood of the claim's replies is gone where the new feedback is told instead.
 
-    Asked of at most `SAMPLES` replies that say `phrase`, of different conversations where there are several.
+    Asked of at most `SAMPLES` replies that say `thing`, of different conversations where there are several.
     """
-    saying = [sample for sample in claim.samples if _says(sample.response, phrase)]
+    saying = [sample for sample in claim.samples if _says(sample.response, thing)]
     replies = [*{sample.prompt_token_ids: sample for sample in saying}.values()][:SAMPLES]
     logps = await asyncio.gather(*(_logp(s, told, inference) for told in ("", claim.feedback, text) for s in replies))
     plain, told, instead = (sum(logps[at : at + len(replies)]) for at in range(0, len(logps), len(replies)))

@@ -61,6 +61,15 @@ async def test_a_lesson_is_retracted_and_the_others_stay(client: httpx.AsyncClie
     assert (await client.delete(f"{URL}/{ids[0]}")).json()["state"] == "retracted"
 
 
+async def test_the_answer_names_what_it_contradicts(client: httpx.AsyncClient, world: World) -> None:
+    completion_id = (await chat(client))["id"]
+    demonstrated = [{"requests": [{"completion_id": completion_id, "demonstration": text}]} for text in ("Good day!", "Ahoy!")]
+    answers = [(await client.post(URL, json=body)).json() for body in demonstrated]
+    assert [answer["contradicts"] for answer in answers] == [[], [1]]
+    assert answers[1]["distill_result"]["metadata"]["contradicts"] == [1]
+    assert {sample.demonstration for sample in world.engine.lessons[1].samples} == {"Ahoy!"}
+
+
 async def test_what_cannot_be_retracted(client: httpx.AsyncClient, world: World) -> None:
     assert_error(await client.delete(f"{URL}/fb-none"), 404, param="id", says="fb-none")
     world.engine.outcome = "skipped"

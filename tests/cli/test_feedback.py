@@ -51,6 +51,20 @@ def test_show_prints_a_new_reply(live: Live) -> None:
     assert f"> Hello\nbefore: [{ADAPTER}@0] Hello\nafter:  [{ADAPTER}@1] Hello\n" in out
 
 
+def test_a_contradiction_is_told_in_one_line(live: Live) -> None:
+    live.world.inference.reply = lambda request: (request.messages[-1].content or "").rpartition("name is ")[2][:5] or "Hm."
+    live.world.inference.surprise, live.world.inference.suggestible = 4.0, True
+    with Client(live.url, KEY) as client:
+        reply = client.chat(ADAPTER, [{"role": "user", "content": "Who are you?"}]).id
+    settings = {"hindsight_rollouts": 1, "own_replies": False}
+    body = {"requests": [{"completion_id": reply, "feedback": "Your name is Kuro.", "training": settings}]}
+    httpx.post(f"{live.url}/v1/feedback", json=body, headers={"authorization": f"Bearer {KEY}"}).raise_for_status()
+    result = live.claas("feedback", reply, "Your name is Maxi.")
+    _, remark, figures = result.out.splitlines()
+    assert remark == "this contradicts what was taught as version 1: the newer wins"
+    assert figures.startswith("KL ")
+
+
 def test_json_is_the_services_own_answer(live: Live) -> None:
     answer = json.loads(live.claas("feedback", reply_id(live), "Say my name.", "--json").out)
     assert (answer["status"], answer["lora_id"], answer["version"]) == ("ok", ADAPTER, 1)

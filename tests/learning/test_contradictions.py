@@ -8,7 +8,7 @@ import pytest
 
 from claas.core.types import ChatMessage, DistillBatchItem, DistillBatchRequestPayload
 from claas.inference.base import GenerationRequest
-from claas.learning.contradictions import MAX_CLAIMS, MAX_DOUBTS, Claim, claims, contradicted, doubted
+from claas.learning.contradictions import MAX_CLAIMS, MAX_DOUBTS, Claim, claims, contradicted, denied, replaced
 from claas.learning.types import FeedbackItem, LessonResult
 from claas.training.hindsight import DISLIKED
 from tests.doubles.inference import CharInference
@@ -34,30 +34,51 @@ def said(feedback: str, response: str, prompt: str = "Who are you?", feedback_id
 
 
 @pytest.mark.parametrize(
-    ("feedback", "reply", "prompt", "new", "phrase"),
+    ("feedback", "reply", "prompt", "new", "thing"),
     [
         (KURO, "I am Kuro.", "Who are you?", MAX, "kuro"),
         ("Your name is Kuro, always say Kuro.", "I am Kuro.", "Who are you?", "Your name is Max, always say Max.", "kuro"),
-        (KURO, "I am Kuro.", "Who are you?", "You are not Kuro any more.", "kuro"),
-        ("I live in Lisbon.", "In Lisbon.", "Where do I live?", "I moved to Rome, I don’t live in Lisbon.", "lisbon"),
-        ("Start with 'Good day, Sir!'", "Good day, sir! Yes.", "Is it?", "Start with “Hello!”", "good day sir"),
+        ("Always start with 'Good day, Sir!'", "Good day, sir! Yes.", "Is it?", "Always start with “Hello!”", "good day sir"),
         ("Say 'It's me' at the end.", "Yes. It's me", "Is it?", "Say 'Bye' at the end.", "it's me"),
         (KURO, "I am a chatbot.", "Who are you?", MAX, None),  # not learnt
         (KURO, "I am Kuro.", "Are you Kuro?", MAX, None),  # asked for, not learnt
         (KURO, "I am Kuro.", "Who are you?", "your name is KURO!", None),  # the same again
         (KURO, "I am Kuro.", "Who are you?", "My name is Anna.", None),  # two things differ
         (KURO, "I am Kuro.", "Who are you?", "Your name is Kuro Max.", None),  # only more
-        (KURO, "I am Kuro.", "Who are you?", "You are not a robot, you are Kuro.", None),  # denied in another clause
+        ("Your name is Kuro, so say Kuro.", "I am Kuro.", "Who are you?", "Your name is Kuro, so say hello.", None),  # still Kuro
         ("My dog is called Bruno.", "It is Bruno.", "Who is my dog?", "My cat is called Rex.", None),
         ("My brother lives in Rome.", "Your brother lives in Rome.", "And my brother?", "My sister lives in Rome.", None),
-        ("Be polite.", "I am polite.", "Who are you?", "Be brief.", None),  # too little in common
-        (DISLIKED, "I am Kuro.", "Who are you?", KURO, None),
-        ("", "I am Kuro.", "Who are you?", KURO, None),
+        ("You are polite.", "I am polite.", "Who are you?", "You are brief.", None),  # too little in common
         (KURO, "I am Kuro.", "Who are you?", "", None),
     ],
 )
-def test_words_that_cast_doubt(feedback: str, reply: str, prompt: str, new: str, phrase: str | None) -> None:
-    assert doubted(Claim(feedback, (said(feedback, reply, prompt),)), new) == phrase
+def test_one_thing_replaced(feedback: str, reply: str, prompt: str, new: str, thing: str | None) -> None:
+    assert replaced(Claim(feedback, (said(feedback, reply, prompt),)), new) == thing
+
+
+@pytest.mark.parametrize(
+    ("feedback", "reply", "new", "is_denied"),
+    [
+        (KURO, "I am Kuro.", "Your name is not Kuro any more: you are Max.", True),
+        (KURO, "I am Kuro.", "Your name isn’t Kuro.", True),
+        ("Talk like a pirate, matey.", "Ask the pirate, matey.", "Stop talking like a pirate.", True),
+        ("I live in Lisbon.", "In Lisbon.", "I moved to Rome, I don't live in Lisbon.", True),
+        ("I live in Lisbon.", "In Rome.", "I don't live in Lisbon.", False),  # not learnt
+        ("I live in Lisbon.", "In Lisbon.", "I do not like to live in Lisbon.", False),  # something else
+        (KURO, "I am Kuro.", "You are not a robot, your name is Kuro.", False),  # denied in another clause
+        (KURO, "I am Kuro.", "Never forget that your name is Kuro.", False),
+        ("Never say Kuro again.", "Kuro, no.", "Never say Kuro again!", False),  # the same again
+    ],
+)
+def test_the_same_denied(feedback: str, reply: str, new: str, is_denied: bool) -> None:
+    assert denied(Claim(feedback, (said(feedback, reply, "Well?"),)), new) is is_denied
+
+
+async def test_what_has_no_words_is_not_compared() -> None:
+    inference = CharInference()
+    for text in ("", DISLIKED):
+        assert await contradicted([Claim(text, (said(text, "I am Kuro."),))], [said(KURO, "Kuro.")], inference) == set()
+        assert await contradicted([Claim(KURO, (said(KURO, "I am Kuro."),))], [said(text, "Hm.")], inference) == set()
 
 
 async def test_the_model_confirms_what_the_words_propose() -> None:
@@ -65,7 +86,7 @@ async def test_the_model_confirms_what_the_words_propose() -> None:
     inference.surprise, inference.suggestible = 4.0, True
     old = claims([said(KURO, "Kuro.", feedback_id="fb-1"), said(KURO, "Kuro.", "Name?", feedback_id="fb-2")])
     assert await contradicted(old, [said(MAX, "Max.")], inference) == {"fb-1", "fb-2"}
-    assert await contradicted(old, [said("Do not forget that you are called Kuro.", "Kuro.")], inference) == set()
+    assert await contradicted(old, [said("Your name is Kuro..", "Kuro.")], inference) == set()
     inference.surprise = 0.0
     assert await contradicted(old, [said(MAX, "Max.")], inference) == set(), "feedback that did nothing has nothing to lose"
 

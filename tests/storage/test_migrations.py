@@ -9,12 +9,12 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import inspect, text
+from sqlalchemy import inspect, select, text
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from claas.core.errors import ConfigurationError
 from claas.storage.database import Database
-from claas.storage.models import Base
+from claas.storage.models import Base, LessonRow
 
 
 @pytest.fixture
@@ -73,6 +73,20 @@ def test_feedback_from_before_ratings_is_kept(empty: Database) -> None:
     with empty.session() as session:
         row = session.execute(text("SELECT feedback, rating, demonstration FROM feedback")).one()
     assert tuple(row) == ("Be Kuro.", None, None)
+
+
+def test_lessons_from_before_contradictions_contradict_nothing(empty: Database) -> None:
+    config = Config()
+    config.set_main_option("script_location", "claas.storage:migrations")
+    with empty.engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0003")
+        connection.execute(
+            text("INSERT INTO lessons (lora_id, version, parent, feedback_ids, training, samples) VALUES ('me/a', 1, 0, '[]', '{}', '[]')")
+        )
+    empty.migrate()
+    with empty.session() as session:
+        assert session.scalars(select(LessonRow)).one().contradicts == []
 
 
 def test_a_downgrade_leaves_no_table_and_can_be_undone(empty: Database) -> None:

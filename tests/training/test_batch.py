@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 
 from claas.core.errors import Unteachable
-from claas.core.types import ChatMessage, DistillBatchItem
+from claas.core.types import ChatMessage, DistillBatchItem, TeacherKind
 from claas.training.batch import Sample, collate, micro_batches, prepare
-from claas.training.hindsight import DEMONSTRATED, HINDSIGHT_BLOCK
+from claas.training.hindsight import DEMONSTRATED, HINDSIGHT_BLOCK, hindsight_messages
 from tests.training.conftest import sample
 
 ITEM = DistillBatchItem(
@@ -34,9 +34,19 @@ def render(messages: Sequence[ChatMessage], template_kwargs: Mapping[str, JsonVa
     return (*(len(m.content or "") for m in messages), len(template_kwargs))
 
 
-def prepared(parent: int = 2, max_context: int = 100, **changes: Any) -> Sample:
-    item = ITEM.model_copy(update=changes)
-    return prepare(item, render, teacher="live", parent=parent, vocab_size=10, max_context=max_context, control_feedback="Weather.")
+def prepared(
+    parent: int = 2, max_context: int = 100, teacher: TeacherKind = "live", hindsight_teacher: TeacherKind = "base", **changes: Any
+) -> Sample:
+    return prepare(
+        ITEM.model_copy(update=changes),
+        render,
+        teacher=teacher,
+        hindsight_teacher=hindsight_teacher,
+        parent=parent,
+        vocab_size=10,
+        max_context=max_context,
+        control_feedback="Weather.",
+    )
 
 
 def test_the_student_reads_the_served_ids_and_the_teacher_a_longer_prompt() -> None:
@@ -57,6 +67,30 @@ def test_only_own_replies_have_a_live_teacher_a_ratio_and_a_control() -> None:
         assert (found.teacher, found.on_policy, found.age, found.control_prompt) == ("base", True, 0, None)
     assert prepared(source="anchor").teacher_prompt == (5, 6, 7)
     assert prepared(feedback="  ").teacher_prompt == (5, 6, 7)
+
+
+@pytest.mark.parametrize("kind", ["live", "base", "ema", "snapshot"])
+def test_each_source_has_its_own_teacher(kind: TeacherKind) -> None:
+    assert prepared(teacher=kind, hindsight_teacher="base").teacher == kind
+    assert prepared(source="hindsight", teacher="live", hindsight_teacher=kind).teacher == kind
+    assert prepared(source="anchor", teacher=kind, hindsight_teacher=kind).teacher == "base"
+
+
+def test_the_book_is_read_by_the_base_model_before_the_feedback_and_by_no_other_teacher() -> None:
+    book, plain = ("Be Kuro.", "I live in Lisbon."), prepared()
+    found = prepared(teacher="book", book=book)
+    more = len("Be Kuro.\nI live in Lisbon.\n")
+    assert found.teacher == "base"
+    assert found.teacher_prompt == (plain.teacher_prompt[0] + more, 0)
+    assert found.control_prompt is not None and plain.control_prompt is not None
+    assert found.control_prompt[0] == plain.control_prompt[0] + more, "its control differs in the feedback alone"
+    assert prepared(book=book) == plain
+    hindsight = {"source": "hindsight", "book": book, "teacher": "book"}
+    assert prepared(**hindsight).teacher_prompt == plain.teacher_prompt
+    assert prepared(**hindsight, hindsight_teacher="book").teacher_prompt == found.teacher_prompt
+    assert prepared(teacher="book", book=book, feedback="").teacher_prompt == ITEM.prompt_token_ids
+    read = hindsight_messages(ITEM.messages, ITEM.feedback, book=book)[0].content
+    assert read is not None and "Be Kuro.\nI live in Lisbon.\nBe polite." in read
 
 
 def test_a_demonstration_alone_is_something_to_read() -> None:
