@@ -8,6 +8,7 @@ the mean KL(base‖adapter), nats a token, estimated on replies that the base mo
 
 Controls: `in-context` has the feedback in the prompt and no training (what the model can do at all when it is told), and `prior` is the
 recipe this one replaces: one step on the reply itself, frozen base teacher, learning rate 3e-5, no rollouts, no replay, no anchors.
+`hindsight-KIND` is the default with another teacher of the hindsight rollouts, `own-KIND` teaches the replies themselves by that teacher.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.lessons import LESSONS, UNRELATED, Lesson
+from claas.core.types import TeacherKind
 from claas.training.hindsight import HINDSIGHT_BLOCK
 from tests.integration.process import Service, running
 
@@ -36,7 +38,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "no-replay": {"replay": 0},
     "no-anchors": {"anchors": 0},
-    "own-replies": {"hindsight_rollouts": 0, "own_replies": True},
+    **{f"hindsight-{kind}": {"hindsight_teacher": kind} for kind in ("live", "ema", "snapshot", "book")},  # the default's is base
+    **{f"own-{kind}": {"hindsight_rollouts": 0, "own_replies": True, "teacher": kind} for kind in get_args(TeacherKind)},
     "prior": {
         "learning_rate": 3e-5,
         "gradient_steps": 1,

@@ -27,6 +27,7 @@ LOST = 0.5
 """The share of the old feedback's effect on its replies that must be gone."""
 SHARED_WORDS = 3
 SLOT_WORDS = 2
+STEM = 4
 _NOT = frozenset(("not", "no", "never", "stop"))
 _DENYING = _NOT | {"do", "does", "longer", "any", "more", "anymore"}
 _QUOTE = re.compile(r"[\"“”]([^\"“”]+)[\"“”]|(?<!\w)['‘]((?:[^'’]|(?<=\w)['’](?=\w))+)['’](?!\w)")
@@ -81,19 +82,31 @@ def replaced(claim: Claim, text: str) -> str | None:
     if len(changes) != 1 or sum(block.size for block in matcher.get_matching_blocks()) < SHARED_WORDS:
         return None
     ((was, becomes),) = changes
+    if not (1 <= len(was) <= SLOT_WORDS and 1 <= len(becomes) <= SLOT_WORDS) or _NOT.intersection(becomes):
+        return None
+    if _is_name(was[0], claim.feedback) and not _is_name(becomes[0], text) and text != text.lower():
+        return None  # "I live in Lisbon", "I live in a flat"
     thing = " ".join(was)
-    plain = 1 <= len(was) <= SLOT_WORDS and 1 <= len(becomes) <= SLOT_WORDS
-    return thing if plain and not _says(text, thing) and _learnt(claim, thing) else None
+    return thing if not _says(text, thing) and _learnt(claim, thing) else None
+
+
+def _is_name(word: str, text: str) -> bool:
+    """Whether it is written with a capital letter."""
+    return word[:1].upper() + word[1:] in re.findall(r"\w+", text)
 
 
 def denied(claim: Claim, text: str) -> bool:
-    """Whether a clause of the new feedback is one of the claim's with a "not", give or take a word, about something that was learnt."""
+    """Whether a clause of the new feedback is one of the claim's with a "not", whole or but for a word, about something that was learnt."""
     for new in filter(_NOT.intersection, _clauses(text)):
-        stated = set(new) - _DENYING
+        stated = {word[:STEM] for word in new if word not in _DENYING}
         for old in _clauses(claim.feedback):
-            both = stated.intersection(old)
-            near = len(both) >= SHARED_WORDS and len(stated - both) <= 1 and len(set(old) - both) <= 1
-            if near and not _NOT.intersection(old) and any(len(word) > 2 and _learnt(claim, word) for word in both):
+            told = {word[:STEM] for word in old}
+            whole = len(stated) >= SHARED_WORDS and stated <= told and len(told - stated) <= 1
+            if (
+                whole
+                and not _NOT.intersection(old)
+                and any(word[:STEM] in stated and len(word) > 2 and _learnt(claim, word) for word in old)
+            ):
                 return True
     return False
 

@@ -93,7 +93,7 @@ def assert_within(example: Any, actual: Any) -> None:
         assert set(example) <= set(actual)
         for name, value in example.items():
             assert_within(value, actual[name])
-    if isinstance(example, list):
+    if isinstance(example, list) and example:
         assert_within(example[0], actual[0])
 
 

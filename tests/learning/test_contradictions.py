@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from claas.core.types import ChatMessage, DistillBatchItem, DistillBatchRequestPayload
 from claas.inference.base import GenerationRequest
+from claas.inference.embedded import EmbeddedInference
 from claas.learning.contradictions import MAX_CLAIMS, MAX_DOUBTS, Claim, claims, contradicted, denied, replaced
+from claas.learning.hindsight_rollouts import hindsight_rollouts
 from claas.learning.types import FeedbackItem, LessonResult
+from claas.models.base_model import LoadedModel
+from claas.models.compute import ComputeShare
+from claas.training.defaults import default_training
 from claas.training.hindsight import DISLIKED
 from tests.doubles.inference import CharInference
 from tests.learning.conftest import LORA, School, lesson
@@ -25,7 +31,7 @@ def said(feedback: str, response: str, prompt: str = "Who are you?", feedback_id
         "feedback": feedback,
         "response_logprobs": (),
         "prompt_token_ids": tuple(map(ord, prompt)),
-        "response_token_ids": tuple(map(ord, response)),
+        "response_token_ids": tuple(map(ord, response or "?")),
         "messages": (ChatMessage(role="user", content=prompt),),
         "source": "hindsight",
         "feedback_id": feedback_id,
@@ -49,6 +55,9 @@ def said(feedback: str, response: str, prompt: str = "Who are you?", feedback_id
         ("My dog is called Bruno.", "It is Bruno.", "Who is my dog?", "My cat is called Rex.", None),
         ("My brother lives in Rome.", "Your brother lives in Rome.", "And my brother?", "My sister lives in Rome.", None),
         ("You are polite.", "I am polite.", "Who are you?", "You are brief.", None),  # too little in common
+        ("I live in Lisbon.", "In Lisbon.", "Where?", "i live in oslo", "lisbon"),
+        ("I live in Lisbon.", "In Lisbon.", "Where?", "I live in a flat.", None),  # not another name
+        ("I live in Lisbon.", "In Lisbon.", "Where?", "I live in no city.", None),
         (KURO, "I am Kuro.", "Who are you?", "", None),
     ],
 )
@@ -65,6 +74,8 @@ def test_one_thing_replaced(feedback: str, reply: str, prompt: str, new: str, th
         ("I live in Lisbon.", "In Lisbon.", "I moved to Rome, I don't live in Lisbon.", True),
         ("I live in Lisbon.", "In Rome.", "I don't live in Lisbon.", False),  # not learnt
         ("I live in Lisbon.", "In Lisbon.", "I do not like to live in Lisbon.", False),  # something else
+        ("My dog lives in Rome.", "In Rome.", "My dog does not live in Rome any more.", True),
+        ("I live in Lisbon.", "In Lisbon.", "I do not live alone in Lisbon.", False),
         (KURO, "I am Kuro.", "You are not a robot, your name is Kuro.", False),  # denied in another clause
         (KURO, "I am Kuro.", "Never forget that your name is Kuro.", False),
         ("Never say Kuro again.", "Kuro, no.", "Never say Kuro again!", False),  # the same again
@@ -115,6 +126,22 @@ async def test_the_work_is_bounded() -> None:
     inference = Counting()
     await contradicted(old, [said(MAX, "Max.")], inference)
     assert inference.scored == MAX_DOUBTS * 2 * 3
+
+
+@pytest.mark.model
+async def test_the_default_model_confirms_another_name_and_lets_a_home_town_stand(loaded_model: LoadedModel) -> None:
+    inference = EmbeddedInference(loaded_model, ComputeShare(torch.get_num_threads()), max_batch=8)
+    kuro, training = "Your name is Kuro, always introduce yourself as Kuro.", default_training(loaded_model.n_params)
+    asked = [said(kuro, "", prompt, f"fb-{n}") for n, prompt in enumerate(("Who are you?", "What is your name?"))]
+    taught = [sample for item in asked for sample in await hindsight_rollouts(item, inference, training)]
+
+    async def overruled_by(feedback: str) -> set[str]:
+        return await contradicted(claims(taught), [said(feedback, "")], inference)
+
+    assert await overruled_by("Your name is Max, always introduce yourself as Max.") == {s.feedback_id for s in taught}
+    assert await overruled_by("I live in Lisbon.") == set()
+    assert await overruled_by(kuro) == set()
+    await inference.aclose()
 
 
 # --- what follows from it ---

@@ -9,10 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from claas.core.types import TrainingConfig
+from claas.adapters.filesystem import FilesystemAdapterStore
+from claas.core.types import ChatMessage, DistillBatchItem, DistillBatchRequestPayload, LoraInitRequest, TrainingConfig
 from claas.models.base_model import LoadedModel
+from claas.models.chat_template import render
+from claas.models.compute import ComputeShare
+from claas.training.engine.local import LocalEngine
 from claas.training.policy import Policy
 from claas.training.step import LessonStep, StepResult
 from claas.training.teachers import (
@@ -164,3 +169,33 @@ def test_what_is_stored_are_plain_tensors_and_only_of_the_teachers_asked_for(bas
         assert set(stored.keys()) == {*policy.parameters, "lessons"}
     assert wanted_teachers(TrainingConfig()) == set()
     assert wanted_teachers(TrainingConfig(hindsight_teacher="ema")) == {"ema"}
+
+
+async def test_the_engine_keeps_them_with_each_version_and_a_rollback_takes_them_back(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    """The second lesson, taught once more from the first one's version, gives the same files, whatever was taught in between."""
+    engine = LocalEngine(FilesystemAdapterStore(tmp_path, keep_versions=10), tiny_model, ComputeShare(1))
+    await engine.init_lora(LoraInitRequest(lora_id="me/a", lora_r=4))
+    messages = (ChatMessage(role="user", content="Hello"),)
+
+    async def learn(parent: int, feedback: str) -> int:
+        item = DistillBatchItem(
+            prompt="Hello", response="x", feedback=feedback, response_logprobs=(-1.0, -1.0), messages=messages,
+            prompt_token_ids=render(tiny_model.tokenizer, messages, {}), response_token_ids=(5, 6), version=parent,
+        )  # fmt: skip
+        rollout = item.model_copy(update={"source": "hindsight", "response_logprobs": ()})
+        training = CONFIG.model_copy(update={"min_signal": 0.0})
+        payload = DistillBatchRequestPayload(lora_id="me/a", parent=parent, training=training, samples=[item, rollout])
+        report = (await engine.distill(payload)).metadata
+        assert report["outcome"] == "applied", report["reason"]
+        return int(report["version"])
+
+    first = await learn(0, "Be kind.")
+    second = await learn(first, "Be brief.")
+    await learn(second, "Be calm.")
+    again = await learn(first, "Be brief.")
+    folders = [Path((await engine.lora_runtime_ref("me/a", version)).lora_path) for version in (second, again)]
+    for name in ("teacher_ema.safetensors", "teacher_snapshot.safetensors", "adapter_model.safetensors"):
+        a, b = (load_file(folder / name) for folder in folders)
+        assert same(a, b), name
+    assert not (Path((await engine.lora_runtime_ref("me/a", 0)).lora_path) / "teacher_ema.safetensors").exists()
+    await engine.aclose()
