@@ -3,7 +3,7 @@
 A new feedback text takes an earlier one back if it is the same but denied ("You are not called Kuro any more"), or if it is the same but
 for one thing ("You are called Max") and the model confirms it: told the new feedback in place of the old one, it has lost most of what the
 old one did for the taught replies. Either way the thing must have been learnt: a taught reply says it, and no prompt does. Another
-demonstration for the very same conversation takes the first one back. The measurements are in docs/decisions/0008-contradictions.md.
+demonstration for the very same conversation takes the first one back. The measurements are in docs/decisions/0009-contradictions.md.
 
 It knows nothing of versions, of the book or of what follows.
 """
@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
+from claas.core.errors import ContextOverflow
 from claas.core.types import DistillBatchItem
 from claas.inference.base import GenerationRequest, InferenceBackend
 from claas.training.hindsight import DISLIKED, hindsight_messages
 
 MAX_CLAIMS = 64
+MAX_TEXTS = 8
+MAX_CHARS = 500
 MAX_DOUBTS = 8
 SAMPLES = 2
 LOST = 0.5
@@ -46,6 +49,11 @@ class Claim:
         return self.feedback not in ("", DISLIKED)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is in words, and short enough to be compared word for word."""
+        return self.in_words and len(self.feedback) <= MAX_CHARS
+
+    @property
     def feedback_ids(self) -> set[str]:
         return {sample.feedback_id for sample in self.samples if sample.feedback_id is not None}
 
@@ -57,9 +65,9 @@ def claims(samples: Sequence[DistillBatchItem]) -> list[Claim]:
 
 
 async def contradicted(old: Sequence[Claim], new: Sequence[DistillBatchItem], inference: InferenceBackend) -> set[str]:
-    """The ids of the earlier feedback, of the last `MAX_CLAIMS` claims, that the new samples contradict."""
-    texts = [claim.feedback for claim in claims(new) if claim.in_words]
-    pairs = [(claim, text) for claim in old[-MAX_CLAIMS:] if claim.in_words for text in texts]
+    """The ids of the earlier feedback that the new samples contradict. Looks at the last `MAX_CLAIMS` claims, with bounded work."""
+    texts = [claim.feedback for claim in claims(new) if claim.is_plain][:MAX_TEXTS]
+    pairs = [(claim, text) for claim in old[-MAX_CLAIMS:] if claim.is_plain for text in texts]
     doubts = [(claim, text, thing) for claim, text in pairs if (thing := replaced(claim, text)) is not None][-MAX_DOUBTS:]
     lost = await asyncio.gather(*(share_lost(*doubt, inference) for doubt in doubts))
     found = [claim for (claim, *_), share in zip(doubts, lost, strict=True) if share >= LOST]
@@ -77,9 +85,11 @@ def _shown_otherwise(sample: DistillBatchItem, new: Sequence[DistillBatchItem]) 
 def replaced(claim: Claim, text: str) -> str | None:
     """What the replies have learnt to say, if it is the one thing in which the new feedback differs; None if it is not so."""
     old, new = _tokens(claim.feedback), _tokens(text)
+    if len(set(old).intersection(new)) < SHARED_WORDS:
+        return None
     matcher = SequenceMatcher(None, old, new, autojunk=False)
     changes = {(old[a:b], new[c:d]) for kind, a, b, c, d in matcher.get_opcodes() if kind != "equal"}
-    if len(changes) != 1 or sum(block.size for block in matcher.get_matching_blocks()) < SHARED_WORDS:
+    if len(changes) != 1:
         return None
     ((was, becomes),) = changes
     if not (1 <= len(was) <= SLOT_WORDS and 1 <= len(becomes) <= SLOT_WORDS) or _NOT.intersection(becomes):
@@ -132,7 +142,10 @@ async def share_lost(claim: Claim, text: str, thing: str, inference: InferenceBa
     """
     saying = [sample for sample in claim.samples if _says(sample.response, thing)]
     replies = [*{sample.prompt_token_ids: sample for sample in saying}.values()][:SAMPLES]
-    logps = await asyncio.gather(*(_logp(s, told, inference) for told in ("", claim.feedback, text) for s in replies))
+    try:
+        logps = await asyncio.gather(*(_logp(s, told, inference) for told in ("", claim.feedback, text) for s in replies))
+    except ContextOverflow:  # told this, the conversation is too long to ask
+        return 0.0
     plain, told, instead = (sum(logps[at : at + len(replies)]) for at in range(0, len(logps), len(replies)))
     return (told - instead) / (told - plain) if told > plain else 0.0
 

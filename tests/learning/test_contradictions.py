@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 
+from claas.core.errors import ContextOverflow
 from claas.core.types import ChatMessage, DistillBatchItem, DistillBatchRequestPayload
-from claas.inference.base import GenerationRequest
+from claas.inference.base import GenerationRequest, Score
 from claas.inference.embedded import EmbeddedInference
 from claas.learning.contradictions import MAX_CLAIMS, MAX_DOUBTS, Claim, claims, contradicted, denied, replaced
 from claas.learning.hindsight_rollouts import hindsight_rollouts
@@ -102,6 +103,14 @@ async def test_the_model_confirms_what_the_words_propose() -> None:
     assert await contradicted(old, [said(MAX, "Max.")], inference) == set(), "feedback that did nothing has nothing to lose"
 
 
+async def test_a_conversation_that_is_too_long_to_ask_about_confirms_nothing() -> None:
+    class Narrow(CharInference):
+        async def score(self, request: GenerationRequest, completion: str | tuple[int, ...]) -> Score:
+            raise ContextOverflow("too long")
+
+    assert await contradicted(claims([said(KURO, "Kuro.")]), [said(MAX, "Max.")], Narrow()) == set()
+
+
 async def test_another_demonstration_for_the_same_conversation() -> None:
     def shown(reply: str, prompt: str = "Hi", feedback_id: str = "fb-1") -> DistillBatchItem:
         return said("", reply, prompt, feedback_id, demonstration=reply)
@@ -116,7 +125,7 @@ async def test_the_work_is_bounded() -> None:
     class Counting(CharInference):
         scored = 0
 
-        async def score(self, request: GenerationRequest, completion: str | tuple[int, ...]):  # type: ignore[no-untyped-def]
+        async def score(self, request: GenerationRequest, completion: str | tuple[int, ...]) -> Score:
             self.scored += 1
             assert request.background
             return await super().score(request, completion)
