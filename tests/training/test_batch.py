@@ -85,7 +85,7 @@ def test_the_book_is_read_by_the_base_model_before_the_feedback_and_by_no_other_
     assert found.control_prompt is not None and plain.control_prompt is not None
     assert found.control_prompt[0] == plain.control_prompt[0] + more, "its control differs in the feedback alone"
     assert prepared(book=book) == plain
-    hindsight = {"source": "hindsight", "book": book, "teacher": "book"}
+    hindsight: dict[str, Any] = {"source": "hindsight", "book": book, "teacher": "book"}
     assert prepared(**hindsight).teacher_prompt == plain.teacher_prompt
     assert prepared(**hindsight, hindsight_teacher="book").teacher_prompt == found.teacher_prompt
     assert prepared(teacher="book", book=book, feedback="").teacher_prompt == ITEM.prompt_token_ids
