@@ -42,7 +42,8 @@ class Updater:
         learnt = standing(await self._book.learnt(parent.lora_id, parent.version, await self._engine.versions(parent.lora_id)))
         with watch.phase("contradictions"):
             overruled = await contradicted(claims(taught_samples(learnt)), payload.samples, self._inference)
-        whole = payload.model_copy(update={"samples": await self._with_earlier(payload, parent, standing(learnt, overruled))})
+        earlier = standing(learnt, overruled)
+        whole = payload.model_copy(update={"samples": await self._with_earlier(payload, parent, earlier)})
         step = await self._try(whole, parent, watch)
         if step.metadata["outcome"] == "undone":
             training = whole.training.model_copy(update={"learning_rate": whole.training.learning_rate * SECOND_TRY})
