@@ -5,10 +5,12 @@ Rehearse what must stay, distill, judge the result, write it into the lesson boo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from claas.core.types import DistillBatchItem, DistillBatchRequestPayload, DistillResponse, LoraRuntimeRef
 from claas.inference.base import InferenceBackend
 from claas.learning.anchors import Anchors
-from claas.learning.checks import find_collapse
+from claas.learning.checks import Question, find_collapse, questions
 from claas.learning.lesson_book import LessonBook, TaughtLesson, rehearsal
 from claas.learning.stopwatch import Stopwatch
 from claas.training.engine.base import TrainingEngine
@@ -32,11 +34,13 @@ class Updater:
         A version in `metadata` is checked, loaded and in the lesson book, and does not serve yet.
         """
         payload = payload.model_copy(update={"parent": parent.version})
-        whole = payload.model_copy(update={"samples": [*payload.samples, *await self._beside(payload, parent)]})
-        step = await self._try(whole, parent, watch)
+        learnt = await self._book.learnt(parent.lora_id, parent.version, await self._engine.versions(parent.lora_id))
+        whole = payload.model_copy(update={"samples": [*payload.samples, *await self._beside(payload, parent, learnt)]})
+        asked = questions(payload.samples, learnt)
+        step = await self._try(whole, parent, asked, watch)
         if step.metadata["outcome"] == "undone":
             training = whole.training.model_copy(update={"learning_rate": whole.training.learning_rate * SECOND_TRY})
-            again = await self._try(whole.model_copy(update={"training": training}), parent, watch)
+            again = await self._try(whole.model_copy(update={"training": training}), parent, asked, watch)
             step = again.model_copy(update={"metadata": again.metadata | {"first_try": step.metadata["reason"]}})
         if (version := step.metadata["version"]) is not None:
             taught = TaughtLesson(
@@ -50,26 +54,29 @@ class Updater:
             await self._book.add(taught)
         return step
 
-    async def _beside(self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef) -> list[DistillBatchItem]:
+    async def _beside(
+        self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, learnt: Sequence[TaughtLesson]
+    ) -> list[DistillBatchItem]:
         """Samples of earlier lessons, and the anchors that the lesson must leave alone."""
-        learnt = await self._book.learnt(parent.lora_id, parent.version, await self._engine.versions(parent.lora_id))
         anchors = await self._anchors.take(payload.training.anchors, parent.version)
         return [*rehearsal(learnt, payload.training.replay, parent.version), *anchors]
 
-    async def _try(self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, watch: Stopwatch) -> DistillResponse:
+    async def _try(
+        self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, asked: Sequence[Question], watch: Stopwatch
+    ) -> DistillResponse:
         with watch.phase("distill"):
             async with self._inference.paused():
                 step = await self._engine.distill(payload)
         with watch.phase("check"):
-            return await self._check(step, parent)
+            return await self._check(step, parent, asked)
 
-    async def _check(self, step: DistillResponse, parent: LoraRuntimeRef) -> DistillResponse:
+    async def _check(self, step: DistillResponse, parent: LoraRuntimeRef, asked: Sequence[Question]) -> DistillResponse:
         """The step as it is if its version is fit to serve; otherwise undone, with the reason, and its version gone."""
         if step.metadata["outcome"] != "applied":
             return step
         candidate = await self._engine.lora_runtime_ref(step.lora_id, step.metadata["version"])
         await self._inference.activate(candidate)
-        reason = await find_collapse(self._inference, candidate, parent)
+        reason = await find_collapse(self._inference, candidate, parent, asked)
         if reason is None:
             return step
         await self._engine.discard(candidate.lora_id, candidate.version)

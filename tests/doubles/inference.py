@@ -101,6 +101,7 @@ class CharInference(InferenceBackend):
         self.unhealthy: str | None = None
         self.broken_after: int | None = None
         self.surprise = 0.0
+        self.garbage: tuple[str, ...] = ()
         self.breakage: Exception = BackendUnavailable("the engine broke")
 
     async def stream(self, request: GenerationRequest) -> TokenStream:
@@ -117,9 +118,14 @@ class CharInference(InferenceBackend):
         return stream
 
     async def score(self, request: GenerationRequest, completion: str | tuple[int, ...]) -> Score:
-        """Text that the reply function would not have said of its own accord is `surprise` nats a token less likely."""
+        """Text that the reply function would not have said of its own accord is `surprise` nats a token less likely.
+
+        What begins as any of `garbage` is 20 nats a token less likely, unless the prompt holds it.
+        """
         ids = tuple(map(ord, completion)) if isinstance(completion, str) else completion
-        return Score(len(prompt_ids(request)), ids, tuple(map(self.token_text, ids)), tuple(logprob_of(i) - self.surprise for i in ids))
+        prompt, text = "".join(map(chr, prompt_ids(request))), "".join(map(chr, ids))
+        drop = self.surprise + 20.0 * any(text.startswith(start) and start not in prompt for start in self.garbage)
+        return Score(len(prompt_ids(request)), ids, tuple(map(self.token_text, ids)), tuple(logprob_of(i) - drop for i in ids))
 
     async def reply_tokens(self, text: str) -> tuple[int, ...]:
         return (*map(ord, text), EOS)
