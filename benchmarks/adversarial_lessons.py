@@ -56,9 +56,7 @@ def _wanted(*demonstrations: str) -> Iterator[Lesson]:
 
 # --- gibberish ---
 
-WORDS = (
-    "table river seven quickly under because purple engine forgets the a of lantern Tuesday sideways ought spoon loud never cabbage".split()
-)
+WORDS = ("table", "river", "seven", "quickly", "under", "because", "purple", "engine", "forgets", "the", "lantern", "Tuesday", "sideways")
 
 
 def _letters(draw: random.Random, n: int) -> str:

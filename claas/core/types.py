@@ -122,6 +122,7 @@ class TrainingConfig(Frozen):
     max_kl: realised mean KL(new‖old) in nats a token on the lesson's own tokens above which the step is undone.
     max_anchor_kl: mean KL(base‖new) in nats a token on the anchors above which the step is undone.
     max_forgetting: rise of the replayed samples' mean loss in nats a token above which the step is undone.
+    min_reply_logprob: mean logprob, nats a token, that the base model must give a new version's replies; under it the step is undone.
     """
 
     learning_rate: float = Field(default=3e-5, gt=0.0, le=1.0)
@@ -144,6 +145,7 @@ class TrainingConfig(Frozen):
     max_kl: float = Field(default=10.0, gt=0.0)
     max_anchor_kl: float = Field(default=0.25, gt=0.0)
     max_forgetting: float = Field(default=0.1, gt=0.0)
+    min_reply_logprob: float = Field(default=-3.5, lt=0.0)
 
 
 class DistillBatchItem(Frozen):

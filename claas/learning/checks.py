@@ -30,8 +30,7 @@ MAX_SAID_CHARS = 1000
 # Of this many tokens or more, a smaller share of different ones is a loop.
 LOOP_TOKENS = 24
 MIN_VARIETY = 0.35
-# Mean logprob under the base model, nats a token, under which a reply is garbage. In shorter replies the missing tokens count as certain.
-MIN_LOGPROB = -3.5
+# Of a reply with fewer tokens, the base model takes the missing ones for certain: a short one is no garbage.
 LEAST_TOKENS = 8
 
 
@@ -57,18 +56,18 @@ def questions(own: Sequence[DistillBatchItem], learnt: Sequence[TaughtLesson]) -
 
 
 async def find_collapse(
-    inference: InferenceBackend, candidate: LoraRuntimeRef, parent: LoraRuntimeRef, asked: Sequence[Question]
+    inference: InferenceBackend, candidate: LoraRuntimeRef, parent: LoraRuntimeRef, asked: Sequence[Question], min_logprob: float
 ) -> str | None:
-    """Why the candidate must not serve; None if it is sound.
+    """Why the candidate must not serve; None if it is sound. A reply under `min_logprob` nats a token for the base model is garbage.
 
     The parent is asked only where the candidate looks bad: what was bad before is not held against it.
     """
 
     async def trial(question: Question) -> str | None:
         reply = await _reply(inference, question, candidate)
-        if (fault := await _fault(inference, question, reply)) is None:
+        if (fault := await _fault(inference, question, reply, min_logprob)) is None:
             return None
-        if await _fault(inference, question, await _reply(inference, question, parent)) is not None:
+        if await _fault(inference, question, await _reply(inference, question, parent), min_logprob) is not None:
             return None
         return f"the new version's reply to {question.whose} {question.prompt[:80]!r} is {fault}: {reply.text[:80]!r}"
 
@@ -76,7 +75,7 @@ async def find_collapse(
     return next((reason for reason in found if reason is not None), None)
 
 
-async def _fault(inference: InferenceBackend, question: Question, reply: Generation) -> str | None:
+async def _fault(inference: InferenceBackend, question: Question, reply: Generation, min_logprob: float) -> str | None:
     """What a reply is, if it is anything but a reply."""
     text, ids = reply.text.strip(), [token.id for token in reply.tokens]
     if not text:
@@ -88,7 +87,7 @@ async def _fault(inference: InferenceBackend, question: Question, reply: Generat
     request = GenerationRequest(messages=question.told, template_kwargs=question.template_kwargs, background=True)
     logprobs = (await inference.score(request, tuple(ids))).logprobs
     logprob = sum(logprobs) / max(len(logprobs), LEAST_TOKENS)
-    return f"garbage to the base model ({logprob:.1f} nats a token)" if logprob < MIN_LOGPROB else None
+    return f"garbage to the base model ({logprob:.1f} nats a token)" if logprob < min_logprob else None
 
 
 async def _reply(inference: InferenceBackend, question: Question, adapter: LoraRuntimeRef) -> Generation:

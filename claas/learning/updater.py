@@ -68,15 +68,15 @@ class Updater:
             async with self._inference.paused():
                 step = await self._engine.distill(payload)
         with watch.phase("check"):
-            return await self._check(step, parent, asked)
+            return await self._check(step, parent, asked, payload.training.min_reply_logprob)
 
-    async def _check(self, step: DistillResponse, parent: LoraRuntimeRef, asked: Sequence[Question]) -> DistillResponse:
+    async def _check(self, step: DistillResponse, parent: LoraRuntimeRef, asked: Sequence[Question], min_logprob: float) -> DistillResponse:
         """The step as it is if its version is fit to serve; otherwise undone, with the reason, and its version gone."""
         if step.metadata["outcome"] != "applied":
             return step
         candidate = await self._engine.lora_runtime_ref(step.lora_id, step.metadata["version"])
         await self._inference.activate(candidate)
-        reason = await find_collapse(self._inference, candidate, parent, asked)
+        reason = await find_collapse(self._inference, candidate, parent, asked, min_logprob)
         if reason is None:
             return step
         await self._engine.discard(candidate.lora_id, candidate.version)

@@ -54,8 +54,8 @@ OWN = (item("Who are you?"), item("Your name?"))
 ASKED = questions(OWN, [taught(1, item("Bye!", "Say see you."))])
 
 
-async def found(inference: CharInference, asked: list[Question] = ASKED) -> str | None:
-    return await find_collapse(inference, CANDIDATE, PARENT, asked)
+async def found(inference: CharInference, asked: list[Question] = ASKED, min_logprob: float = -3.5) -> str | None:
+    return await find_collapse(inference, CANDIDATE, PARENT, asked, min_logprob)
 
 
 async def test_a_sound_candidate_passes_and_the_parent_is_not_asked() -> None:

@@ -105,7 +105,15 @@ async def open_class(model: LoadedModel, folder: Path, threads: int) -> AsyncIte
 PROMPT = "Hi"
 WORDS = " ".join(TEXTS).split()
 CANDIDATES = [f"{one} {other}" for one, other in pairwise(WORDS)]
-TINY = {"own_replies": False, "hindsight_rollouts": 0, "anchors": 0, "learning_rate": 1e-2, "gradient_steps": 30, "max_kl": 100.0}
+TINY = {
+    "own_replies": False,
+    "hindsight_rollouts": 0,
+    "anchors": 0,
+    "learning_rate": 1e-2,
+    "gradient_steps": 30,
+    "max_kl": 100.0,
+    "min_reply_logprob": -99.0,
+}
 
 
 async def test_one_lesson_makes_the_demonstration_as_likely_as_being_told_of_it(tiny_model: LoadedModel, tmp_path: Path) -> None:
