@@ -109,8 +109,8 @@ TINY = {
     "own_replies": False,
     "hindsight_rollouts": 0,
     "anchors": 0,
-    "learning_rate": 1e-2,
-    "gradient_steps": 30,
+    "learning_rate": 3e-3,
+    "gradient_steps": 50,
     "max_kl": 100.0,
     "min_reply_logprob": -99.0,
 }
