@@ -115,7 +115,7 @@ class TrainingConfig(Frozen):
     hindsight_rollouts: replies sampled with the feedback in view, for each reply the feedback is about.
     hindsight_max_tokens, hindsight_temperature: how those are sampled.
     min_lift: mean log-likelihood gain, in nats a token, that the feedback must give a rollout for it to be taught.
-    own_replies: teach the reply itself beside its hindsight rollouts; False teaches it only where no rollout of it was good.
+    own_replies: teach the reply itself beside its hindsight rollouts; False teaches it only where none were asked for.
     anchors: replies of the base model to unrelated prompts that the lesson must leave as they are.
     replay: samples of the adapter's earlier lessons that are rehearsed beside the new one, each judged with its own feedback in view.
     min_signal: mean loss in nats a token under which the lesson counts as known and is skipped.
@@ -146,6 +146,11 @@ class TrainingConfig(Frozen):
     max_anchor_kl: float = Field(default=0.25, gt=0.0)
     max_forgetting: float = Field(default=0.1, gt=0.0)
     min_reply_logprob: float = Field(default=-3.5, lt=0.0)
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Whether a lesson without a single good hindsight rollout or demonstration has nothing to teach."""
+        return self.hindsight_rollouts > 0 and not self.own_replies
 
 
 class DistillBatchItem(Frozen):

@@ -57,7 +57,9 @@ class Updater:
     async def _beside(
         self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, learnt: Sequence[TaughtLesson]
     ) -> list[DistillBatchItem]:
-        """Samples of earlier lessons, and the anchors that the lesson must leave alone."""
+        """Samples of earlier lessons, and the anchors that the lesson must leave alone; none if there is nothing to teach."""
+        if payload.training.needs_rollouts and all(sample.source == "sampled" for sample in payload.samples):
+            return []
         anchors = await self._anchors.take(payload.training.anchors, parent.version)
         return [*rehearsal(learnt, payload.training.replay, parent.version), *anchors]
 

@@ -149,6 +149,19 @@ async def test_a_bad_rating_that_tells_the_teacher_nothing_is_skipped(tiny_model
         assert "already known" in str(result.reason)
 
 
+async def test_feedback_that_the_model_cannot_act_on_is_skipped_without_training_on_anything(
+    tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    async with open_class(tiny_model, tmp_path, 1) as room:
+        await room.reply(PROMPT, "the other one")
+        training = TINY | {"hindsight_rollouts": 2, "hindsight_max_tokens": 8, "min_lift": 100.0, "anchors": 4}
+        result = await room.learn(feedback="xq zv kk wj", training=training)
+        assert (result.outcome, result.version) == ("skipped", 0)
+        assert "could not act on this feedback" in str(result.reason)
+        cost = result.distill_result.metadata["cost"]
+        assert cost["samples"] == 1, "nothing is rehearsed for nothing"
+
+
 @pytest.mark.model
 @pytest.mark.timeout(1500)
 async def test_the_default_model_comes_to_say_what_was_demonstrated(loaded_model: LoadedModel, tmp_path: Path) -> None:
