@@ -28,7 +28,7 @@ from typing import Any, get_args
 from benchmarks.lessons import LESSONS, UNRELATED, Lesson
 from claas.core.types import TeacherKind
 from claas.training.hindsight import HINDSIGHT_BLOCK
-from tests.integration.process import Service, running
+from tests.integration.process import Caller, Service, running
 
 ENOUGH = 0.8
 PROBE_TOKENS = 48
@@ -57,7 +57,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 class Student:
     """One adapter of a running service, as seen from outside."""
 
-    def __init__(self, service: Service, lora_id: str) -> None:
+    def __init__(self, service: Caller, lora_id: str) -> None:
         self._service = service
         self.lora_id = lora_id
         answer = service.http.post("/v1/lora/init", json={"lora_id": lora_id})

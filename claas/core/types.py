@@ -120,13 +120,14 @@ class TrainingConfig(Frozen):
     hindsight_rollouts: replies sampled with the feedback in view, for each reply the feedback is about.
     hindsight_max_tokens, hindsight_temperature: how those are sampled.
     min_lift: mean log-likelihood gain, in nats a token, that the feedback must give a rollout for it to be taught.
-    own_replies: teach the reply itself beside its hindsight rollouts; False teaches it only where no rollout of it was good.
+    own_replies: teach the reply itself beside its hindsight rollouts; False teaches it only where none were asked for.
     anchors: replies of the base model to unrelated prompts that the lesson must leave as they are.
     replay: samples of the adapter's earlier lessons that are rehearsed beside the new one, each judged with its own feedback in view.
     min_signal: mean loss in nats a token under which the lesson counts as known and is skipped.
     max_kl: realised mean KL(new‖old) in nats a token on the lesson's own tokens above which the step is undone.
     max_anchor_kl: mean KL(base‖new) in nats a token on the anchors above which the step is undone.
     max_forgetting: rise of the replayed samples' mean loss in nats a token above which the step is undone.
+    min_reply_logprob: mean logprob, nats a token, that the base model must give a new version's replies; under it the step is undone.
     """
 
     learning_rate: float = Field(default=3e-5, gt=0.0, le=1.0)
@@ -152,6 +153,12 @@ class TrainingConfig(Frozen):
     max_kl: float = Field(default=10.0, gt=0.0)
     max_anchor_kl: float = Field(default=0.25, gt=0.0)
     max_forgetting: float = Field(default=0.1, gt=0.0)
+    min_reply_logprob: float = Field(default=-3.5, lt=0.0)
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Whether a lesson without a single good hindsight rollout or demonstration has nothing to teach."""
+        return self.hindsight_rollouts > 0 and not self.own_replies
 
 
 class DistillBatchItem(Frozen):

@@ -1,39 +1,122 @@
-"""Judges a new version before it serves: its replies to unrelated prompts must not have collapsed."""
+"""Judges a new version before it serves: none of its replies may have collapsed.
+
+It answers unrelated prompts, the lesson's own and those of earlier lessons, greedily and in one batch. Distances and losses are judged
+where the lesson is trained; here is judged what a person would see. The limits were chosen on replies of sound and of wrecked versions:
+docs/decisions/0008-checks.md.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from claas.core.types import ChatMessage, LoraRuntimeRef, SamplingParams
-from claas.inference.base import GenerationRequest, InferenceBackend
+from pydantic import JsonValue
+
+from claas.core.types import ChatMessage, DistillBatchItem, LoraRuntimeRef, SamplingParams
+from claas.inference.base import Generation, GenerationRequest, InferenceBackend
 from claas.learning.hindsight_rollouts import is_degenerate
+from claas.learning.lesson_book import TaughtLesson
+from claas.training.hindsight import hindsight_messages
 
 CHECK_TOKENS = 32
 CHECK_PROMPTS = ("What is the capital of France?", "Explain what a bicycle is.")
+OWN_PROMPTS = 2
+EARLIER_LESSONS = 2
+# Longer ones would cost more than they tell, and might not fit the context.
+MAX_PROMPT_TOKENS = 512
+MAX_SAID_CHARS = 1000
+# Of this many tokens or more, a smaller share of different ones is a loop.
+LOOP_TOKENS = 24
+MIN_VARIETY = 0.35
+# Of a reply with fewer tokens, the base model takes the missing ones for certain: a short one is no garbage.
+LEAST_TOKENS = 8
 
 
-async def find_collapse(inference: InferenceBackend, candidate: LoraRuntimeRef, parent: LoraRuntimeRef) -> str | None:
-    """Why the candidate must not serve; None if it is sound.
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a version is asked. `whose` says why; `told` is the conversation with what the lesson said in view, as the base judges it."""
 
-    A prompt on which the parent already repeats itself, or says nothing, is not held against the candidate.
+    whose: str
+    prompt: str
+    messages: tuple[ChatMessage, ...]
+    told: tuple[ChatMessage, ...]
+    template_kwargs: dict[str, JsonValue] = field(default_factory=dict)
+
+
+def questions(own: Sequence[DistillBatchItem], learnt: Sequence[TaughtLesson]) -> list[Question]:
+    """The unrelated prompts, up to `OWN_PROMPTS` of the lesson's, and one of each of the latest `EARLIER_LESSONS`."""
+    earlier = [item for lesson in learnt[-EARLIER_LESSONS:] for item in _conversations(lesson.samples)[:1]]
+    return [
+        *(_unrelated(prompt) for prompt in CHECK_PROMPTS),
+        *(_question("the lesson's own prompt", item) for item in _conversations(own)[:OWN_PROMPTS]),
+        *(_question("an earlier lesson's prompt", item) for item in earlier),
+    ]
+
+
+async def find_collapse(
+    inference: InferenceBackend, candidate: LoraRuntimeRef, parent: LoraRuntimeRef, asked: Sequence[Question], min_logprob: float
+) -> str | None:
+    """Why the candidate must not serve; None if it is sound. A reply under `min_logprob` nats a token for the base model is garbage.
+
+    The parent is asked only where the candidate looks bad: what was bad before is not held against it.
     """
-    for prompt, reply in zip(CHECK_PROMPTS, await _replies(inference, candidate, CHECK_PROMPTS), strict=True):
-        if _collapsed(reply) and not _collapsed((await _replies(inference, parent, (prompt,)))[0]):
-            return f"the new version's reply to {prompt!r} is {'empty' if not reply.strip() else 'a loop'}: {reply[:80]!r}"
-    return None
+
+    async def trial(question: Question) -> str | None:
+        reply = await _reply(inference, question, candidate)
+        if (fault := await _fault(inference, question, reply, min_logprob)) is None:
+            return None
+        if await _fault(inference, question, await _reply(inference, question, parent), min_logprob) is not None:
+            return None
+        return f"the new version's reply to {question.whose} {question.prompt[:80]!r} is {fault}: {reply.text[:80]!r}"
+
+    found = await asyncio.gather(*map(trial, asked))
+    return next((reason for reason in found if reason is not None), None)
 
 
-def _collapsed(reply: str) -> bool:
-    return not reply.strip() or is_degenerate(reply)
+async def _fault(inference: InferenceBackend, question: Question, reply: Generation, min_logprob: float) -> str | None:
+    """What a reply is, if it is anything but a reply."""
+    text, ids = reply.text.strip(), [token.id for token in reply.tokens]
+    if not text:
+        return "empty"
+    if text.isascii() and not re.search(r"\w", text):
+        return "without a word"
+    if is_degenerate(text) or (len(ids) >= LOOP_TOKENS and len(set(ids)) < MIN_VARIETY * len(ids)):
+        return "a loop"
+    request = GenerationRequest(messages=question.told, template_kwargs=question.template_kwargs, background=True)
+    logprobs = (await inference.score(request, tuple(ids))).logprobs
+    logprob = sum(logprobs) / max(len(logprobs), LEAST_TOKENS)
+    return f"garbage to the base model ({logprob:.1f} nats a token)" if logprob < min_logprob else None
 
 
-async def _replies(inference: InferenceBackend, adapter: LoraRuntimeRef, prompts: tuple[str, ...]) -> list[str]:
-    def request(prompt: str) -> GenerationRequest:
-        return GenerationRequest(
-            messages=(ChatMessage(role="user", content=prompt),),
+async def _reply(inference: InferenceBackend, question: Question, adapter: LoraRuntimeRef) -> Generation:
+    return await inference.complete(
+        GenerationRequest(
+            messages=question.messages,
+            template_kwargs=question.template_kwargs,
             adapter=adapter,
             sampling=SamplingParams(temperature=0.0, max_tokens=CHECK_TOKENS),
             background=True,
         )
+    )
 
-    return [reply.text for reply in await asyncio.gather(*(inference.complete(request(prompt)) for prompt in prompts))]
+
+def _unrelated(prompt: str) -> Question:
+    messages = (ChatMessage(role="user", content=prompt),)
+    return Question("the unrelated prompt", prompt, messages, messages)
+
+
+def _question(whose: str, item: DistillBatchItem) -> Question:
+    told = hindsight_messages(item.messages, item.feedback, item.demonstration)
+    return Question(whose, item.prompt, item.messages, told, item.template_kwargs)
+
+
+def _conversations(items: Sequence[DistillBatchItem]) -> list[DistillBatchItem]:
+    """One item of each conversation that is not too long to ask."""
+    short = [
+        item
+        for item in items
+        if len(item.prompt_token_ids) <= MAX_PROMPT_TOKENS and len(item.feedback) + len(item.demonstration or "") <= MAX_SAID_CHARS
+    ]
+    return list({item.prompt_token_ids: item for item in reversed(short)}.values())[::-1]

@@ -83,11 +83,13 @@ class Learner:
             raise
 
     async def _with_rollouts(self, payload: DistillBatchRequestPayload) -> DistillBatchRequestPayload:
-        """The replies and their hindsight rollouts: what this lesson teaches."""
+        """The replies and their hindsight rollouts: what this lesson teaches. If it has nothing to teach, the replies measure that."""
         training = payload.training
         found = await asyncio.gather(*(hindsight_rollouts(item, self._inference, training) for item in payload.samples))
+        alone = not (training.needs_rollouts and any(found))
         own = [
-            item.model_copy(update={"taught": training.own_replies or not good}) for item, good in zip(payload.samples, found, strict=True)
+            item.model_copy(update={"taught": training.own_replies or (alone and not good)})
+            for item, good in zip(payload.samples, found, strict=True)
         ]
         return payload.model_copy(update={"samples": [*own, *chain.from_iterable(found)]})
 

@@ -111,7 +111,7 @@ class Retraction:
         for lesson in lessons:
             remaining = [sample for sample in lesson.samples if sample.feedback_id != row.id]
             feedback_ids = tuple(other for other in lesson.feedback_ids if other != row.id)
-            if not remaining:
+            if not any(sample.taught for sample in remaining):
                 continue
             payload = DistillBatchRequestPayload(
                 lora_id=row.lora_id, training=lesson.training, samples=remaining, feedback_ids=feedback_ids

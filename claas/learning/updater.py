@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from claas.core.types import DistillBatchItem, DistillBatchRequestPayload, DistillResponse, LoraRuntimeRef
 from claas.inference.base import InferenceBackend
 from claas.learning.anchors import Anchors
-from claas.learning.checks import find_collapse
+from claas.learning.checks import Question, find_collapse, questions
 from claas.learning.contradictions import claims, contradicted
 from claas.learning.lesson_book import LessonBook, TaughtLesson, rehearsal, standing, taught_samples
 from claas.learning.stopwatch import Stopwatch
@@ -44,10 +44,11 @@ class Updater:
             overruled = await contradicted(claims(taught_samples(learnt)), payload.samples, self._inference)
         earlier = standing(learnt, overruled)
         whole = payload.model_copy(update={"samples": await self._with_earlier(payload, parent, earlier)})
-        step = await self._try(whole, parent, watch)
+        asked = questions(payload.samples, earlier)
+        step = await self._try(whole, parent, asked, watch)
         if step.metadata["outcome"] == "undone":
             training = whole.training.model_copy(update={"learning_rate": whole.training.learning_rate * SECOND_TRY})
-            again = await self._try(whole.model_copy(update={"training": training}), parent, watch)
+            again = await self._try(whole.model_copy(update={"training": training}), parent, asked, watch)
             step = again.model_copy(update={"metadata": again.metadata | {"first_try": step.metadata["reason"]}})
         if (version := step.metadata["version"]) is not None:
             taught = TaughtLesson(
@@ -67,8 +68,10 @@ class Updater:
     async def _with_earlier(
         self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, earlier: Sequence[TaughtLesson]
     ) -> list[DistillBatchItem]:
-        """The lesson's samples, those of earlier lessons, and the anchors that it must leave alone."""
+        """Its samples, those of earlier lessons, and the anchors it must leave alone; its own only, if there is nothing to teach."""
         training = payload.training
+        if training.needs_rollouts and all(sample.source == "sampled" for sample in payload.samples):
+            return payload.samples
         judged = [*payload.samples, *rehearsal(earlier, training.replay, parent.version)]
         if "book" in (training.teacher, training.hindsight_teacher):
             book = await self._newest_feedback(earlier)
@@ -87,20 +90,22 @@ class Updater:
             kept.append(text)
         return kept[::-1]
 
-    async def _try(self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, watch: Stopwatch) -> DistillResponse:
+    async def _try(
+        self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, asked: Sequence[Question], watch: Stopwatch
+    ) -> DistillResponse:
         with watch.phase("distill"):
             async with self._inference.paused():
                 step = await self._engine.distill(payload)
         with watch.phase("check"):
-            return await self._check(step, parent)
+            return await self._check(step, parent, asked, payload.training.min_reply_logprob)
 
-    async def _check(self, step: DistillResponse, parent: LoraRuntimeRef) -> DistillResponse:
+    async def _check(self, step: DistillResponse, parent: LoraRuntimeRef, asked: Sequence[Question], min_logprob: float) -> DistillResponse:
         """The step as it is if its version is fit to serve; otherwise undone, with the reason, and its version gone."""
         if step.metadata["outcome"] != "applied":
             return step
         candidate = await self._engine.lora_runtime_ref(step.lora_id, step.metadata["version"])
         await self._inference.activate(candidate)
-        reason = await find_collapse(self._inference, candidate, parent)
+        reason = await find_collapse(self._inference, candidate, parent, asked, min_logprob)
         if reason is None:
             return step
         await self._engine.discard(candidate.lora_id, candidate.version)

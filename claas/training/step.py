@@ -272,6 +272,11 @@ class LessonStep:
             return f"loss {loss} or gradient norm {grad_norm} is not finite"
         if self._grad_norms:
             return None
+        if self._config.needs_rollouts and all(b.source == "sampled" for b in self._batches if b.part == "lesson"):
+            return (
+                "the model could not act on this feedback: with it in view, no reply of its own was fit to learn from. "
+                "Say it in other words, or send the reply you wanted as a demonstration"
+            )
         signal = part_means(self._batches, measured.divergence)["lesson"]
         if signal < self._config.min_signal:
             return (

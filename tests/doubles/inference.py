@@ -102,6 +102,7 @@ class CharInference(InferenceBackend):
         self.broken_after: int | None = None
         self.surprise = 0.0
         self.suggestible = False
+        self.garbage: tuple[str, ...] = ()
         self.breakage: Exception = BackendUnavailable("the engine broke")
 
     async def stream(self, request: GenerationRequest) -> TokenStream:
@@ -120,13 +121,15 @@ class CharInference(InferenceBackend):
     async def score(self, request: GenerationRequest, completion: str | tuple[int, ...]) -> Score:
         """Text that the reply function would not have said of its own accord is `surprise` nats a token less likely.
 
-        If `suggestible`, only for the share of its words that the prompt does not hold.
+        If `suggestible`, only for the share of its words that the prompt does not hold. What begins as any of `garbage` is 20 nats a token
+        less likely, unless the prompt holds it.
         """
         ids = tuple(map(ord, completion)) if isinstance(completion, str) else completion
-        words = "".join(chr(i) for i in ids if i != EOS).split()
-        unheard = sum(word not in "".join(map(chr, prompt_ids(request))) for word in words) / len(words) if self.suggestible else 1.0
-        logprobs = tuple(logprob_of(i) - self.surprise * unheard for i in ids)
-        return Score(len(prompt_ids(request)), ids, tuple(map(self.token_text, ids)), logprobs)
+        prompt, text = "".join(map(chr, prompt_ids(request))), "".join(chr(i) for i in ids if i != EOS)
+        unheard = [word not in prompt for word in text.split()]
+        drop = self.surprise * (sum(unheard) / len(unheard) if self.suggestible else 1.0)
+        drop += 20.0 * any(text.startswith(start) and start not in prompt for start in self.garbage)
+        return Score(len(prompt_ids(request)), ids, tuple(map(self.token_text, ids)), tuple(logprob_of(i) - drop for i in ids))
 
     async def reply_tokens(self, text: str) -> tuple[int, ...]:
         return (*map(ord, text), EOS)

@@ -17,22 +17,12 @@ import httpx
 START_TIMEOUT_S = 180.0
 
 
-class Service:
-    """A running service. `kill` is SIGKILL: no goodbye."""
+class Caller:
+    """Asks a service that runs at `url`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-        self.process = process
+    def __init__(self, url: str) -> None:
         self.url = url
         self.http = httpx.Client(base_url=url, timeout=300.0)
-        self._log = log
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.http.close()
-
-    def log(self) -> str:
-        return self._log.read_text(errors="replace")
 
     def chat(self, text: str, model: str = "assistant", **fields: Any) -> dict[str, Any]:
         body = {"model": model, "messages": [{"role": "user", "content": text}], **fields}
@@ -46,6 +36,23 @@ class Service:
         assert answer.status_code == 200, answer.text
         found: dict[str, Any] = answer.json()
         return found
+
+
+class Service(Caller):
+    """A running service. `kill` is SIGKILL: no goodbye."""
+
+    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+        super().__init__(url)
+        self.process = process
+        self._log = log
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.http.close()
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
 
 
 @contextmanager

@@ -105,7 +105,15 @@ async def open_class(model: LoadedModel, folder: Path, threads: int) -> AsyncIte
 PROMPT = "Hi"
 WORDS = " ".join(TEXTS).split()
 CANDIDATES = [f"{one} {other}" for one, other in pairwise(WORDS)]
-TINY = {"own_replies": False, "hindsight_rollouts": 0, "anchors": 0, "learning_rate": 1e-2, "gradient_steps": 30, "max_kl": 100.0}
+TINY = {
+    "own_replies": False,
+    "hindsight_rollouts": 0,
+    "anchors": 0,
+    "learning_rate": 3e-3,
+    "gradient_steps": 50,
+    "max_kl": 100.0,
+    "min_reply_logprob": -99.0,
+}
 
 
 async def test_one_lesson_makes_the_demonstration_as_likely_as_being_told_of_it(tiny_model: LoadedModel, tmp_path: Path) -> None:
@@ -139,6 +147,19 @@ async def test_a_bad_rating_that_tells_the_teacher_nothing_is_skipped(tiny_model
         result = await room.learn(rating=-1, training=TINY | {"min_signal": 50.0})
         assert (result.outcome, result.version) == ("skipped", 0)
         assert "already known" in str(result.reason)
+
+
+async def test_feedback_that_the_model_cannot_act_on_is_skipped_without_training_on_anything(
+    tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    async with open_class(tiny_model, tmp_path, 1) as room:
+        await room.reply(PROMPT, "the other one")
+        training = TINY | {"hindsight_rollouts": 2, "hindsight_max_tokens": 8, "min_lift": 100.0, "anchors": 4}
+        result = await room.learn(feedback="xq zv kk wj", training=training)
+        assert (result.outcome, result.version) == ("skipped", 0)
+        assert "could not act on this feedback" in str(result.reason)
+        cost = result.distill_result.metadata["cost"]
+        assert cost["samples"] == 1, "nothing is rehearsed for nothing"
 
 
 @pytest.mark.model

@@ -5,15 +5,12 @@ from __future__ import annotations
 import pytest
 
 from claas.core.errors import Unteachable
-from claas.core.types import ChatMessage, DistillBatchItem, FinishReason, LoraInitRequest, TrainingConfig
-from claas.inference.base import Generation, GenerationRequest, SampledToken
+from claas.core.types import ChatMessage, DistillBatchItem, FinishReason, TrainingConfig
+from claas.inference.base import Generation, SampledToken
 from claas.learning.anchors import ANCHOR_PROMPTS, Anchors
-from claas.learning.checks import find_collapse
 from claas.learning.hindsight_rollouts import fault, hindsight_rollouts, is_degenerate, quotes
 from claas.training.hindsight import DEMONSTRATED, DISLIKED, HINDSIGHT_BLOCK, HINDSIGHT_VERSION, hindsight_messages
-from tests.doubles.engine import MemoryEngine
 from tests.doubles.inference import EOS, CharInference
-from tests.learning.conftest import LORA
 
 FEEDBACK = "Your name is Kuro, always introduce yourself as Kuro."
 ITEM = DistillBatchItem(
@@ -183,24 +180,3 @@ async def test_anchors_are_sampled_once_and_taken_in_turn() -> None:
     assert len(inference.requests) == len(ANCHOR_PROMPTS)
     assert all(a.source == "anchor" and a.feedback == "" and a.response.startswith("[base]") for a in first)
     assert len(await anchors.take(99, 3)) == len(ANCHOR_PROMPTS)
-
-
-async def test_a_collapse_is_found_and_not_blamed_on_a_version_whose_parent_had_it() -> None:
-    engine = MemoryEngine()
-    await engine.init_lora(LoraInitRequest(lora_id=LORA))
-    parent = await engine.lora_runtime_ref(LORA)
-    candidate = parent.model_copy(update={"version": 1})
-
-    def loops(versions: set[int]) -> CharInference:
-        def reply(request: GenerationRequest) -> str:
-            assert request.adapter is not None
-            return "a b c d " * 8 if request.adapter.version in versions else "Paris."
-
-        return CharInference(reply)
-
-    assert await find_collapse(loops(set()), candidate, parent) is None
-    assert "loop" in (await find_collapse(loops({1}), candidate, parent) or "")
-    assert await find_collapse(loops({0, 1}), candidate, parent) is None
-    assert "empty" in (
-        await find_collapse(CharInference(lambda r: "" if r.adapter and r.adapter.version else "ok"), candidate, parent) or ""
-    )

@@ -74,6 +74,27 @@ async def test_own_replies_are_taught_where_asked_or_where_no_rollout_is_good(
     assert school.engine.lessons[0].samples[0].taught is taught
 
 
+async def test_of_several_items_only_those_the_model_could_act_on_are_taught(school: School) -> None:
+    await school.rollout()
+    await school.rollout("chatcmpl-2")
+    school.inference.reply = lambda r: "I am Kuro." if "Be Kuro." in (r.messages[-1].content or "") else ""
+    training = {"hindsight_rollouts": 2, "own_replies": False}
+    items = [
+        FeedbackItem(feedback=feedback, completion_id=f"chatcmpl-{n}", training=training) for n, feedback in ((1, "Be Kuro."), (2, "zzz"))
+    ]
+    result = await school.learner.learn(lesson(*items))
+    assert [(s.source, s.feedback, s.taught) for s in school.engine.lessons[0].samples] == [
+        ("sampled", "Be Kuro.", False),
+        ("sampled", "zzz", False),
+        ("hindsight", "Be Kuro.", True),
+    ]
+    school.inference.reply = lambda _: "fine"
+    await school.retraction.begin(result.feedback_ids[0])
+    await school.retraction.aclose()
+    assert (await latest(school)).version == 0, "what is left has nothing to teach"
+    assert len(school.engine.lessons) == 1
+
+
 async def test_a_demonstration_is_taught_in_place_of_the_reply_and_kept_with_its_rating(school: School) -> None:
     await school.rollout()
     said = {"rating": -1, "demonstration": "I am Kuro.", "training": {"own_replies": False, "anchors": 1}}

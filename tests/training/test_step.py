@@ -215,6 +215,7 @@ def test_a_reply_that_is_not_taught_is_only_watched(base: LoadedModel, folder: P
     ("changes", "outcome", "says"),
     [
         ({"min_signal": 100.0}, "skipped", "already known"),
+        ({"hindsight_rollouts": 4, "own_replies": False}, "skipped", "could not act on this feedback"),
         ({"max_kl": 1e-9}, "undone", "over max_kl"),
         ({"learning_rate": 1.0, "alpha": 0.0}, "undone", "loss rose"),
         ({"max_anchor_kl": 1e-9}, "undone", "unrelated prompts"),
