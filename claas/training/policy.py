@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from claas.adapters.store import OPTIMIZER
 from claas.models.base_model import LoadedModel
 from claas.training.batch import Sequences
+from claas.training.fused import fuse
 from claas.training.lora import LoraLinear
 
 ADAM_BETAS = (0.9, 0.95)
@@ -31,6 +32,8 @@ class Policy:
         config._register_custom_module({nn.Linear: LoraLinear})
         self._peft = PeftModel.from_pretrained(base.tree(), str(folder), config=config, is_trainable=True, torch_device=str(base.device))
         causal_lm = self._peft.get_base_model()
+        if base.device.type == "cpu":
+            fuse(causal_lm)
         self._backbone: nn.Module = causal_lm.get_decoder()
         self._head: nn.Module = causal_lm.get_output_embeddings()
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in sorted(self._peft.named_parameters()) if p.requires_grad}
