@@ -16,7 +16,6 @@ Shape legend
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ QUERIES = 128  # of a block: its scores stay in a CPU's cache
 
 def fuse(model: nn.Module) -> None:
     """Let every plain Llama layer of this tree compute as above. Parameters, their names and the switch for the adapter stay."""
+    module: Any
     for module in model.modules():
         if type(module) is LlamaDecoderLayer and module.self_attn.config.hidden_act == "silu":
             module.__class__ = FusedLlamaLayer
