@@ -16,6 +16,7 @@ from torch.func import functional_call
 from claas.adapters.store import OPTIMIZER
 from claas.models.base_model import LoadedModel
 from claas.training.batch import Sequences
+from claas.training.fused import fuse
 from claas.training.lora import LoraLinear
 from claas.training.teachers import Adapter, Speaker, Teacher, TeacherMemory
 
@@ -33,6 +34,8 @@ class Policy:
         config._register_custom_module({nn.Linear: LoraLinear})
         self._peft = PeftModel.from_pretrained(base.tree(), str(folder), config=config, is_trainable=True, torch_device=str(base.device))
         causal_lm = self._peft.get_base_model()
+        if base.device.type == "cpu":
+            fuse(causal_lm)
         self._backbone: nn.Module = causal_lm.get_decoder()
         self._head: nn.Module = causal_lm.get_output_embeddings()
         self.teachers: dict[TeacherMemory, Teacher] = {}

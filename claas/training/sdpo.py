@@ -133,23 +133,30 @@ class _Buckets(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, index_TK: Tensor) -> tuple[Tensor, Tensor]:
         keep = ctx.needs_input_grad[0]
-        share_TV = logits_TV.new_empty(logits_TV.shape if keep else 0, dtype=torch.float32)
+        share_TV = torch.empty_like(logits_TV if keep else logits_TV[:0])
         rest_T1 = logits_TV.new_empty(len(logits_TV), 1, dtype=torch.float32)
-        for at in range(0, len(logits_TV), ROWS):
-            rows = slice(at, at + ROWS)
+        for rows in _blocks(logits_TV):
             rest_RV = logits_TV[rows].to(torch.float32, copy=True).scatter_(-1, index_TK[rows], -math.inf)
-            share_RV = torch.softmax(rest_RV, -1, out=share_TV[rows]) if keep else rest_RV.softmax(-1)
+            share_RV = rest_RV.softmax(-1)
             # The largest share is 1 / Σ exp(z − max), so this is the LSE, without a pass of its own.
             rest_T1[rows] = rest_RV.amax(-1, keepdim=True) - share_RV.amax(-1, keepdim=True).log()
+            if keep:
+                share_TV[rows] = share_RV
         ctx.save_for_backward(share_TV, index_TK)
-        ctx.dtype = logits_TV.dtype
         return logits_TV.gather(-1, index_TK).float(), rest_T1
 
     @staticmethod
     def backward(ctx: Any, grad_TK: Tensor, grad_T1: Tensor) -> tuple[Tensor, None]:
         share_TV, index_TK = ctx.saved_tensors
-        grad_TV = torch.mul(share_TV, grad_T1, out=torch.empty_like(share_TV, dtype=ctx.dtype))
-        return grad_TV.scatter_(-1, index_TK, grad_TK.to(ctx.dtype)), None
+        grad_TV = torch.empty_like(share_TV)
+        for rows in _blocks(share_TV):
+            # Scattered in float32: in bfloat16 it copies the rows first.
+            grad_TV[rows] = share_TV[rows].to(torch.float32, copy=True).mul_(grad_T1[rows]).scatter_(-1, index_TK[rows], grad_TK[rows])
+        return grad_TV, None
+
+
+def _blocks(logits_TV: Tensor) -> list[slice]:
+    return [slice(at, at + ROWS) for at in range(0, len(logits_TV), ROWS)]
 
 
 def divergence(student_TS: Tensor, teacher_TS: Tensor, alpha: float) -> Tensor:

@@ -166,8 +166,12 @@ class LessonStep:
             for rows in _chunks(batch.tokens):
                 leaf_ND = hidden_ND[rows].detach().requires_grad_()
                 logits_NV = self._policy.logits(leaf_ND)
-                chunk = _rows(known, rows) if known else self._measure_targets(batch, rows, logits_NV.detach(), contexts)
-                loss_N, figure = self._loss(batch, rows, logits_NV, chunk)
+                if known:
+                    chunk = _rows(known, rows)
+                    student = self._student(batch, rows, logits_NV, chunk.index_NK)
+                else:
+                    student, chunk = self._measure_targets(batch, rows, logits_NV, contexts)
+                loss_N, figure = self._loss(batch, rows, student, chunk)
                 (loss_N.sum() * weight).backward()
                 assert leaf_ND.grad is not None
                 gradients.append(leaf_ND.grad)
@@ -196,27 +200,35 @@ class LessonStep:
             self._forward_tokens += sequences.ids_BL.numel()
         return hidden
 
-    @torch.no_grad()
-    def _measure_targets(self, batch: MicroBatch, rows: slice, student_NV: Tensor, contexts: dict[str, Tensor]) -> Targets:
-        """Teacher and student at the start of the lesson on one support: the student's top-K for its own replies, the teacher's for the
-        teacher's, since there the token to be learnt may be nowhere near the student's top."""
-        ids_N = batch.student.targets_N[rows]
-        teacher_NV = self._policy.logits(contexts["teacher"][rows])
-        index_NK = top_k_support(student_NV if batch.source == "sampled" else teacher_NV, self._config.teacher_top_k)
-        teacher_NS, teacher_N = bucket_and_token_logp(teacher_NV, index_NK, ids_N)
-        start_NS, start_N = bucket_and_token_logp(student_NV, index_NK, ids_N)
-        return Targets(
+    def _measure_targets(
+        self, batch: MicroBatch, rows: slice, logits_NV: Tensor, contexts: dict[str, Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], Targets]:
+        """The student, and the teacher and it at the start of the lesson on one support: the student's top-K for its own replies, the
+        teacher's for the teacher's, since there the token to be learnt may be nowhere near the student's top."""
+        with torch.no_grad():
+            teacher_NV = self._policy.logits(contexts["teacher"][rows])
+            index_NK = top_k_support(logits_NV if batch.source == "sampled" else teacher_NV, self._config.teacher_top_k)
+            teacher_NS, teacher_N = bucket_and_token_logp(teacher_NV, index_NK, batch.student.targets_N[rows])
+            del teacher_NV
+            others = {
+                name: bucket_logp(self._policy.logits(contexts[name][rows]), index_NK) for name in ("base", "control") if name in contexts
+            }
+        student_NS, student_N = self._student(batch, rows, logits_NV, index_NK)
+        return (student_NS, student_N), Targets(
             index_NK=index_NK,
             teacher_logp_NS=teacher_NS,
             teacher_logp_N=teacher_N,
-            start_logp_NS=start_NS,
-            start_logp_N=start_N,
-            base_logp_NS=bucket_logp(self._policy.logits(contexts["base"][rows]), index_NK) if "base" in contexts else None,
-            control_logp_NS=bucket_logp(self._policy.logits(contexts["control"][rows]), index_NK) if "control" in contexts else None,
+            start_logp_NS=student_NS.detach(),
+            start_logp_N=student_N,
+            base_logp_NS=others.get("base"),
+            control_logp_NS=others.get("control"),
         )
 
-    def _loss(self, batch: MicroBatch, rows: slice, logits_NV: Tensor, targets: Targets) -> tuple[Tensor, Measure]:
-        student_NS, logp_N = bucket_and_token_logp(logits_NV, targets.index_NK, batch.student.targets_N[rows])
+    def _student(self, batch: MicroBatch, rows: slice, logits_NV: Tensor, index_NK: Tensor) -> tuple[Tensor, Tensor]:
+        return bucket_and_token_logp(logits_NV, index_NK, batch.student.targets_N[rows])
+
+    def _loss(self, batch: MicroBatch, rows: slice, student: tuple[Tensor, Tensor], targets: Targets) -> tuple[Tensor, Measure]:
+        student_NS, logp_N = student
         divergence_N = divergence(student_NS, targets.teacher_logp_NS, batch.alpha)
         ratio_N = importance_ratio(logp_N, _old_logp(batch, targets, rows), self._config.is_clip)
         loss_N = divergence_N * ratio_N
@@ -234,10 +246,10 @@ class LessonStep:
             assert batch.targets is not None
             hidden_ND = self._policy.hidden(batch.student)
             self._forward_tokens += batch.student.ids_BL.numel()
-            measures += [
-                self._loss(batch, rows, self._policy.logits(hidden_ND[rows]), _rows(batch.targets, rows))[1]
-                for rows in _chunks(batch.tokens)
-            ]
+            for rows in _chunks(batch.tokens):
+                targets = _rows(batch.targets, rows)
+                student = self._student(batch, rows, self._policy.logits(hidden_ND[rows]), targets.index_NK)
+                measures.append(self._loss(batch, rows, student, targets)[1])
         return _join(measures)
 
     @torch.no_grad()

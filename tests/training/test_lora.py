@@ -54,5 +54,5 @@ def test_it_computes_what_peft_does(tmp_path: Path, dtype: torch.dtype, toleranc
         assert ours.dtype == torch.float32
         assert relative(ours, expected) < tolerance, name
     with torch.no_grad(), peft.disable_adapter():
-        assert torch.equal(policy.hidden(sequences, speaker="base"), hidden(peft))
+        assert relative(policy.hidden(sequences, speaker="base"), hidden(peft)) < tolerance
         assert relative(policy.hidden(sequences, speaker="base"), ours_ND) > 0.01

@@ -1,0 +1,88 @@
+"""The hand-written Llama layer against transformers' own: the same outputs and gradients, with and without LoRA, checkpointed or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from claas.adapters.initialise import write_initial_adapter
+from claas.models.base_model import LoadedModel
+from claas.training.batch import collate
+from claas.training.fused import QUERIES, FusedLlamaLayer, fuse
+from claas.training.policy import Policy
+from tests.training.conftest import ids, tiny_llama
+
+
+def pair(folder: Path, dtype: torch.dtype, *, targets: tuple[str, ...] | None = None, bias: bool = False) -> tuple[Policy, Policy]:
+    """Fused and plain, with the same random adapter."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512, initializer_range=0.2, attention_bias=bias, mlp_bias=bias,
+    )  # fmt: skip
+    module = LlamaForCausalLM(config).eval().requires_grad_(False).to(dtype)
+    model = LoadedModel("tiny", "tiny", config, None, module, torch.device("cpu"), dtype)
+    write_initial_adapter(folder, config, base_model="tiny", rank=4, alpha=8, target_modules=targets)
+    fused, plain = Policy(model, folder), Policy(model, folder)
+    for layer in plain._peft.modules():
+        if isinstance(layer, FusedLlamaLayer):
+            layer.__class__ = LlamaDecoderLayer
+    with torch.no_grad():
+        for name, parameter in fused.parameters.items():
+            plain.parameters[name].copy_(parameter.normal_(std=0.2))
+    return fused, plain
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.detach().float() - b.detach().float()).norm() / b.detach().float().norm())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
+@pytest.mark.parametrize("targets", [None, ("q_proj", "v_proj", "up_proj")])
+@pytest.mark.parametrize("longest", [9, QUERIES, 2 * QUERIES + 3])
+def test_it_computes_what_the_plain_layer_does(
+    tmp_path: Path, dtype: torch.dtype, tolerance: float, targets: tuple[str, ...] | None, longest: int
+) -> None:
+    fused, plain = pair(tmp_path, dtype, targets=targets, bias=targets is None)
+    sequences = collate([ids(1, 3), ids(2, 4)], [ids(3, longest - 3), ids(4, 5)])
+    ours_ND, theirs_ND = fused.hidden(sequences), plain.hidden(sequences)
+    weight_ND = torch.randn_like(ours_ND)
+    (ours_ND * weight_ND).sum().backward()
+    (theirs_ND * weight_ND).sum().backward()
+    assert relative(ours_ND, theirs_ND) < tolerance
+    for name, parameter in fused.parameters.items():
+        expected = plain.parameters[name].grad
+        assert parameter.grad is not None and expected is not None
+        assert relative(parameter.grad, expected) < tolerance, name
+    with torch.no_grad():
+        base_ND = fused.hidden(sequences, adapter=False)
+        assert relative(base_ND, plain.hidden(sequences, adapter=False)) < tolerance
+    assert relative(base_ND, ours_ND) > 0.01
+
+
+def test_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    whole, again = pair(tmp_path, torch.float32)[0], pair(tmp_path, torch.float32)[0]
+    again._peft.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    again._peft.train()
+    sequences = collate([ids(1, 5)], [ids(2, 6)])
+    for policy in (whole, again):
+        policy.hidden(sequences).square().sum().backward()
+    for name, parameter in whole.parameters.items():
+        assert parameter.grad is not None and parameter.grad.any()
+        assert torch.equal(parameter.grad, again.parameters[name].grad), name  # type: ignore[arg-type]
+
+
+def test_only_plain_llama_layers_are_changed() -> None:
+    class Other(LlamaDecoderLayer):  # type: ignore[misc]
+        pass
+
+    model = tiny_llama().module
+    layers: nn.ModuleList = model.model.layers
+    layers[1].__class__ = Other
+    fuse(model)
+    assert [type(layer) for layer in layers] == [FusedLlamaLayer, Other]
