@@ -60,8 +60,8 @@ def test_it_computes_what_the_plain_layer_does(
         assert parameter.grad is not None and expected is not None
         assert relative(parameter.grad, expected) < tolerance, name
     with torch.no_grad():
-        base_ND = fused.hidden(sequences, adapter=False)
-        assert relative(base_ND, plain.hidden(sequences, adapter=False)) < tolerance
+        base_ND = fused.hidden(sequences, speaker="base")
+        assert relative(base_ND, plain.hidden(sequences, speaker="base")) < tolerance
     assert relative(base_ND, ours_ND) > 0.01
 
 
