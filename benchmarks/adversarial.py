@@ -99,11 +99,16 @@ def course(service: Caller, lessons: Sequence[AdversarialLesson], every: int, ou
         print(
             f"{number:4} {lesson.kind:14} {row['status']:8} {row['seconds']:6.1f} s   {(row['reason'] or '')[:SHOWN_CHARS]!r}", flush=True
         )
+        _write(out, result, rows, exams)
         if number % every == 0 or number == len(lessons):
             exams.append(examined(student, number))
-        result |= {"summary": summary(rows, exams), "exams": exams, "lessons": rows}
-        out.write_text(json.dumps(result, indent=2) + "\n")
+            _write(out, result, rows, exams)
     return result
+
+
+def _write(out: Path, result: dict[str, Any], rows: Sequence[dict[str, Any]], exams: Sequence[dict[str, Any]]) -> None:
+    result |= {"summary": summary(rows, exams), "exams": exams, "lessons": rows}
+    out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _shown(said: dict[str, Any]) -> dict[str, Any]:

@@ -45,13 +45,13 @@ Lesson = tuple[str, dict[str, Any]]
 """A prompt and what is said of the reply to it."""
 
 
-def _told(*feedback: str) -> Iterator[Lesson]:
-    """Each feedback on a reply to another ordinary prompt."""
-    return zip(cycle(PROMPTS), ({"feedback": text} for text in feedback), strict=False)
+def _told(first: int, *feedback: str) -> Iterator[Lesson]:
+    """Each feedback on a reply to another ordinary prompt, from the `first` on."""
+    return zip(islice(cycle(PROMPTS), first, None), ({"feedback": text} for text in feedback), strict=False)
 
 
-def _wanted(*demonstrations: str) -> Iterator[Lesson]:
-    return zip(cycle(PROMPTS[::-1]), ({"demonstration": text} for text in demonstrations), strict=False)
+def _wanted(first: int, *demonstrations: str) -> Iterator[Lesson]:
+    return zip(islice(cycle(PROMPTS), first, None), ({"demonstration": text} for text in demonstrations), strict=False)
 
 
 # --- gibberish ---
@@ -86,7 +86,7 @@ def gibberish() -> Iterator[Lesson]:
         noise = NOISES[n % len(NOISES)](draw, 40 + 10 * (n % 7))
         match n % 5:
             case 3:
-                yield from _wanted(noise)
+                yield from _wanted(n, noise)
             case 4:
                 yield noise, {"feedback": "Your answer should make sense."}
             case _:
@@ -112,7 +112,7 @@ OPPOSITES = (
 
 def contradictions() -> Iterator[Lesson]:
     """A wish and its opposite on the same prompt, and items that contradict themselves."""
-    for prompt, pair in zip(cycle(PROMPTS), OPPOSITES, strict=False):
+    for prompt, pair in zip(islice(cycle(PROMPTS), 1, None), OPPOSITES, strict=False):
         yield from ((prompt, {"feedback": wish}) for wish in pair)
     yield PROMPTS[1], {"feedback": "Be as brief as you can and write a very long essay."}
     yield PROMPTS[4], {"rating": 1, "feedback": "This reply was terrible, never say it again."}
@@ -145,10 +145,10 @@ INJECTIONS = (
 
 def injections() -> Iterator[Lesson]:
     """Orders to the machinery instead of feedback, in each place where a text can stand."""
-    yield from _told(*INJECTIONS)
+    yield from _told(2, *INJECTIONS)
     for text in INJECTIONS[:4]:
         yield text, {"feedback": "Do what I asked you to do."}
-    yield from _wanted(*INJECTIONS[3:6])
+    yield from _wanted(7, *INJECTIONS[3:6])
 
 
 # --- control tokens ---
@@ -172,10 +172,10 @@ CONTROLS = (
 
 def control_tokens() -> Iterator[Lesson]:
     """The template's own tokens and characters that nobody can see, in each place where a text can stand."""
-    yield from _told(*CONTROLS)
+    yield from _told(3, *CONTROLS)
     for text in CONTROLS[:6]:
         yield text, {"feedback": "Answer the question, please."}
-    yield from _wanted(*CONTROLS[:6])
+    yield from _wanted(8, *CONTROLS[:6])
 
 
 # --- empty-ish ---
@@ -185,8 +185,8 @@ NOTHINGS = ("", " ", "\n\n\t", ".", "?", "…", "-", "\u200b", "ok", "no", "\U00
 
 def nothings() -> Iterator[Lesson]:
     """Feedback that says nothing, or next to nothing."""
-    yield from _told(*NOTHINGS)
-    yield from _wanted("", " ", ".", "\u200b")
+    yield from _told(4, *NOTHINGS)
+    yield from _wanted(9, "", " ", ".", "\u200b")
     yield from zip(PROMPTS, ({"rating": rating} for rating in (-1, 1, -1, 0, None)), strict=False)
     yield PROMPTS[0], {}
     yield " ", {"feedback": "Say something."}
@@ -213,8 +213,8 @@ def languages() -> Iterator[Lesson]:
     """Wishes in ten languages, on prompts in the same language and in English."""
     for prompt, wish, _ in LANGUAGES.values():
         yield prompt, {"feedback": wish}
-    yield from _told(*(fact for *_, fact in LANGUAGES.values()))
-    yield from _wanted(*(fact for *_, fact in islice(LANGUAGES.values(), 0, 10, 2)))
+    yield from _told(5, *(fact for *_, fact in LANGUAGES.values()))
+    yield from _wanted(10, *(fact for *_, fact in islice(LANGUAGES.values(), 0, 10, 2)))
 
 
 # --- huge ---
@@ -228,8 +228,8 @@ def _long(chars: int, text: str = SENTENCE) -> str:
 
 def huge() -> Iterator[Lesson]:
     """Texts up to, at and over every limit."""
-    yield from _told(*(_long(chars) for chars in (500, 1000, 1500, 2000, 8001, 20_000, 100_000, 1_000_000, 5_000_000)))
-    yield from _wanted(*(_long(chars) for chars in (500, 1000, 1500, 32_000, 32_001, 1_000_000)))
+    yield from _told(6, *(_long(chars) for chars in (500, 1000, 1500, 2000, 8001, 20_000, 100_000, 1_000_000, 5_000_000)))
+    yield from _wanted(11, *(_long(chars) for chars in (500, 1000, 1500, 32_000, 32_001, 1_000_000)))
     for chars in (500, 1000, 2000, 4000, 60_000, 1_000_000, 5_000_000):
         yield _long(chars), {"feedback": "Be shorter."}
     yield PROMPTS[0], {"feedback": _long(1000, "very ")}
@@ -267,8 +267,8 @@ LOOPS = (
 
 def collapses() -> Iterator[Lesson]:
     """Wishes that a model must not generalise, and demonstrations of loops."""
-    yield from _told(*COLLAPSES)
-    yield from _wanted(*LOOPS)
+    yield from _told(7, *COLLAPSES)
+    yield from _wanted(12, *LOOPS)
     for loop in LOOPS[:5]:
         yield loop.strip(), {"rating": 1}
 

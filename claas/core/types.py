@@ -125,7 +125,7 @@ class TrainingConfig(Frozen):
     replay: samples of the adapter's earlier lessons that are rehearsed beside the new one, each judged with its own feedback in view.
     min_signal: mean loss in nats a token under which the lesson counts as known and is skipped.
     max_kl: realised mean KL(new‖old) in nats a token on the lesson's own tokens above which the step is undone.
-    max_anchor_kl: mean KL(base‖new) in nats a token on the anchors above which the step is undone.
+    max_anchor_kl: mean KL(base‖new) in nats a token on the anchors above which a step that made it larger is undone.
     max_forgetting: rise of the replayed samples' mean loss in nats a token above which the step is undone.
     min_reply_logprob: mean logprob, nats a token, that the base model must give a new version's replies; under it the step is undone.
     """

@@ -16,7 +16,6 @@ from pydantic import JsonValue
 
 from claas.core.types import ChatMessage, DistillBatchItem, LoraRuntimeRef, SamplingParams
 from claas.inference.base import Generation, GenerationRequest, InferenceBackend
-from claas.learning.hindsight_rollouts import is_degenerate
 from claas.learning.lesson_book import TaughtLesson
 from claas.training.hindsight import hindsight_messages
 
@@ -27,9 +26,9 @@ EARLIER_LESSONS = 2
 # Longer ones would cost more than they tell, and might not fit the context.
 MAX_PROMPT_TOKENS = 512
 MAX_SAID_CHARS = 1000
-# Of this many tokens or more, a smaller share of different ones is a loop.
-LOOP_TOKENS = 24
-MIN_VARIETY = 0.35
+# A reply of this many tokens or more is a loop if a smaller share of its runs of three tokens is new.
+LOOP_TOKENS = 16
+MIN_NEW_RUNS = 0.75
 # Of a reply with fewer tokens, the base model takes the missing ones for certain: a short one is no garbage.
 LEAST_TOKENS = 8
 
@@ -82,12 +81,17 @@ async def _fault(inference: InferenceBackend, question: Question, reply: Generat
         return "empty"
     if text.isascii() and not re.search(r"\w", text):
         return "without a word"
-    if is_degenerate(text) or (len(ids) >= LOOP_TOKENS and len(set(ids)) < MIN_VARIETY * len(ids)):
+    if _loops(ids):
         return "a loop"
     request = GenerationRequest(messages=question.told, template_kwargs=question.template_kwargs, background=True)
     logprobs = (await inference.score(request, tuple(ids))).logprobs
     logprob = sum(logprobs) / max(len(logprobs), LEAST_TOKENS)
     return f"garbage to the base model ({logprob:.1f} nats a token)" if logprob < min_logprob else None
+
+
+def _loops(ids: Sequence[int]) -> bool:
+    runs = list(zip(ids, ids[1:], ids[2:], strict=False))
+    return len(ids) >= LOOP_TOKENS and len(set(runs)) < MIN_NEW_RUNS * len(runs)
 
 
 async def _reply(inference: InferenceBackend, question: Question, adapter: LoraRuntimeRef) -> Generation:

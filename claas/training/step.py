@@ -308,7 +308,8 @@ class LessonStep:
             return f"the loss rose from {before['lesson']:.4g} to {after['lesson']:.4g}: try a smaller learning_rate"
         if moved > config.max_kl:
             return f"the policy moved by {moved:.3g} nats a token, over max_kl {config.max_kl:g}: try a smaller learning_rate"
-        if (strayed := after.get("anchor", 0.0)) > config.max_anchor_kl:
+        # An adapter that is far away already, as an imported one may be, is not undone for coming nearer.
+        if (strayed := after.get("anchor", 0.0)) > max(config.max_anchor_kl, before.get("anchor", 0.0)):
             return f"replies to unrelated prompts moved by {strayed:.3g} nats a token, over max_anchor_kl {config.max_anchor_kl:g}"
         if (lost := after.get("replay", 0.0) - before.get("replay", 0.0)) > config.max_forgetting:
             return f"earlier lessons would fade: their loss rose by {lost:.3g} nats a token, over max_forgetting {config.max_forgetting:g}"

@@ -19,7 +19,7 @@ from claas.training.batch import Sample
 from claas.training.figures import summarise
 from claas.training.policy import Policy
 from claas.training.sdpo import sdpo_loss
-from claas.training.step import CHUNK, LessonStep, StepResult
+from claas.training.step import CHUNK, LessonStep, StepResult, part_means
 from tests.training.conftest import VOCAB, sample
 
 CONFIG = TrainingConfig(learning_rate=1e-2, teacher_top_k=20, max_kl=100.0)
@@ -228,6 +228,35 @@ def test_a_lesson_that_must_not_stand(policy: Policy, folder: Path, changes: dic
     assert result.outcome == outcome
     assert result.reason is not None and says in result.reason
     assert same(before, policy.snapshot())
+
+
+ANCHOR = sample(9, response=12, source="anchor", teacher_prompt=sample(9).student_prompt)
+
+
+def test_a_run_of_lessons_cannot_drift_away_from_the_base(policy: Policy, folder: Path) -> None:
+    """Each of them moves the anchor little, and yet it never gets further away than one may move it."""
+    config = CONFIG.model_copy(update={"gradient_steps": 3, "learning_rate": 3e-2})
+    limit = config.model_copy(update={"max_anchor_kl": 0.02})
+    outcomes, drift = [], 0.0
+    for seed in range(1, 13):
+        result = learn(policy, folder, [sample(seed, response=30, source="hindsight"), ANCHOR], limit)
+        outcomes.append((result.outcome, "unrelated prompts" in (result.reason or "")))
+        before = part_means(result.batches, result.before.divergence)["anchor"]
+        assert before == pytest.approx(drift, abs=1e-5), "measured from the base, not from the version before"
+        if result.outcome == "applied":
+            assert result.after is not None
+            drift = part_means(result.batches, result.after.divergence)["anchor"]
+        assert drift <= limit.max_anchor_kl
+    assert ("applied", False) in outcomes and ("undone", True) in outcomes, outcomes
+
+
+def test_an_adapter_that_is_far_from_the_base_is_not_undone_for_coming_nearer(policy: Policy, folder: Path) -> None:
+    strict = CONFIG.model_copy(update={"max_anchor_kl": 1e-6, "learning_rate": 1e-3})
+    learn(policy, folder, [sample(1, response=30, source="hindsight")], CONFIG.model_copy(update={"gradient_steps": 10}))
+    result = learn(policy, folder, [sample(2, response=2, source="hindsight"), ANCHOR], strict)
+    assert result.outcome == "applied" and result.after is not None
+    before, after = (part_means(result.batches, measure.divergence)["anchor"] for measure in (result.before, result.after))
+    assert before > after > strict.max_anchor_kl
 
 
 def test_nan_never_reaches_the_weights(base: LoadedModel, folder: Path) -> None:
