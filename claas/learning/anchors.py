@@ -24,6 +24,42 @@ ANCHOR_PROMPTS = (
     "Suggest a name for my new cat.",
     "Why is the sky blue?",
     "Who was the first person on the Moon?",
+    "What is the capital of Japan?",
+    "How does a bicycle stay upright?",
+    "Name a well-known composer.",
+    "What is 15 minus 6?",
+    "Give me a recipe for tomato soup.",
+    "Which river is the longest in the world?",
+    "Write a function that adds two numbers in Python.",
+    "At what temperature does water freeze?",
+    "What is democracy?",
+    "Tell me a fun fact about bees.",
+    "How many days are there in a leap year?",
+    "Describe a sunset in one sentence.",
+    "What is the difference between a frog and a toad?",
+    "How can I learn to play the guitar?",
+    "What is the chemical symbol of gold?",
+    "Who painted the Mona Lisa?",
+    "Recommend a book for a long flight.",
+    "What causes the tides?",
+    "How do vaccines work?",
+    "Correct this sentence: he go to school yesterday.",
+    "What is inflation?",
+    "Plan a weekend in the mountains.",
+    "Which planet is the largest?",
+    "How do I remove a coffee stain?",
+    "What is the past tense of 'run'?",
+    "Write a polite e-mail that moves a meeting to Friday.",
+    "What is the square root of 81?",
+    "Who was Marie Curie?",
+    "How does a refrigerator work?",
+    "List four colours of the rainbow.",
+    "What should I pack for a trip to the beach?",
+    "Why do we dream?",
+    "Give me a synonym for 'happy'.",
+    "What is the largest desert?",
+    "How long does it take to bake bread?",
+    "What is a prime number?",
 )
 
 
@@ -32,16 +68,18 @@ class Anchors:
 
     def __init__(self, inference: InferenceBackend) -> None:
         self._inference = inference
-        self._samples: list[DistillBatchItem] = []
+        self._samples: dict[str, DistillBatchItem] = {}
         self._filling = asyncio.Lock()
 
     async def take(self, n: int, turn: int) -> list[DistillBatchItem]:
         """`n` anchors (at most all), other ones for each `turn`."""
         if not n:
             return []
+        prompts = [ANCHOR_PROMPTS[(turn * n + i) % len(ANCHOR_PROMPTS)] for i in range(min(n, len(ANCHOR_PROMPTS)))]
         async with self._filling:
-            self._samples = self._samples or list(await asyncio.gather(*map(self._sample, ANCHOR_PROMPTS)))
-        return [self._samples[(turn * n + i) % len(self._samples)] for i in range(min(n, len(self._samples)))]
+            missing = [prompt for prompt in prompts if prompt not in self._samples]
+            self._samples |= zip(missing, await asyncio.gather(*map(self._sample, missing)), strict=True)
+        return [self._samples[prompt] for prompt in prompts]
 
     async def _sample(self, prompt: str) -> DistillBatchItem:
         messages = (ChatMessage(role="user", content=prompt),)
