@@ -147,7 +147,7 @@ class TrainingConfig(Frozen):
     hindsight_temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     min_lift: float = 0.0
     own_replies: bool = True
-    anchors: int = Field(default=0, ge=0, le=12)
+    anchors: int = Field(default=0, ge=0, le=48)
     replay: int = Field(default=0, ge=0, le=64)
     min_signal: float = Field(default=1e-4, ge=0.0)
     max_kl: float = Field(default=10.0, gt=0.0)
