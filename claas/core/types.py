@@ -118,6 +118,7 @@ class TrainingConfig(Frozen):
     gradient_steps: optimizer steps on the lesson's batch; the teacher's targets are computed once.
     minibatch: lesson samples, and anchors, that a gradient step takes after the first, which takes all; 0 means all, always.
     hindsight_rollouts: replies sampled with the feedback in view, for each reply the feedback is about.
+    hindsight_keep: how many of them, of the whole lesson, are taught at most: those that the feedback lifts most.
     hindsight_max_tokens, hindsight_temperature: how those are sampled.
     min_lift: mean log-likelihood gain, in nats a token, that the feedback must give a rollout for it to be taught.
     own_replies: teach the reply itself beside its hindsight rollouts; False teaches it only where none were asked for.
@@ -143,6 +144,7 @@ class TrainingConfig(Frozen):
     gradient_steps: int = Field(default=1, ge=1, le=64)
     minibatch: int = Field(default=0, ge=0, le=64)
     hindsight_rollouts: int = Field(default=0, ge=0, le=32)
+    hindsight_keep: int = Field(default=16, ge=1, le=256)
     hindsight_max_tokens: int = Field(default=256, ge=8, le=4096)
     hindsight_temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     min_lift: float = 0.0

@@ -16,9 +16,13 @@ from claas.training.hindsight import DEMONSTRATED, HINDSIGHT_BLOCK, hindsight_me
 QUOTE_WORDS = 4
 
 
-async def hindsight_rollouts(item: DistillBatchItem, inference: InferenceBackend, training: TrainingConfig) -> list[DistillBatchItem]:
-    """The item's demonstration, if it has one, and up to `training.hindsight_rollouts` distinct other good replies of the base model that
-    knows its feedback and demonstration; maybe none."""
+async def hindsight_rollouts(
+    item: DistillBatchItem, inference: InferenceBackend, training: TrainingConfig, keep: int | None = None
+) -> list[DistillBatchItem]:
+    """The item's demonstration, if it has one, and distinct good replies of the base model that knows its feedback and demonstration.
+
+    Of `training.hindsight_rollouts` replies sampled, at most `keep` (None: all), those that the feedback lifts most; maybe none.
+    """
     shown = [] if item.demonstration is None else [await _demonstrated(item, item.demonstration, inference)]
     plain = GenerationRequest(
         messages=item.messages,
@@ -31,8 +35,9 @@ async def hindsight_rollouts(item: DistillBatchItem, inference: InferenceBackend
     good = {reply.text.strip(): reply for reply in replies if fault(reply, item.prompt, item.feedback, item.demonstration or "") is None}
     good.pop((item.demonstration or "").strip(), None)
     lifts = await asyncio.gather(*(_lift(reply, plain, inference) for reply in good.values()))
-    lifted = [reply for reply, lift in zip(good.values(), lifts, strict=True) if lift >= training.min_lift]
-    return [*shown, *(_sample(item, reply.text, tuple(token.id for token in reply.tokens)) for reply in lifted)]
+    best = sorted(zip(lifts, good.values(), strict=True), key=lambda lifted: lifted[0], reverse=True)[:keep]
+    taught = [reply for lift, reply in best if lift >= training.min_lift]
+    return [*shown, *(_sample(item, reply.text, tuple(token.id for token in reply.tokens)) for reply in taught)]
 
 
 async def _demonstrated(item: DistillBatchItem, demonstration: str, inference: InferenceBackend) -> DistillBatchItem:

@@ -85,7 +85,8 @@ class Learner:
     async def _with_rollouts(self, payload: DistillBatchRequestPayload) -> DistillBatchRequestPayload:
         """The replies and their hindsight rollouts: what this lesson teaches. If it has nothing to teach, the replies measure that."""
         training = payload.training
-        found = await asyncio.gather(*(hindsight_rollouts(item, self._inference, training) for item in payload.samples))
+        keep = max(1, training.hindsight_keep // len(payload.samples))
+        found = await asyncio.gather(*(hindsight_rollouts(item, self._inference, training, keep) for item in payload.samples))
         alone = not (training.needs_rollouts and any(found))
         own = [
             item.model_copy(update={"taught": training.own_replies or (alone and not good)})

@@ -122,6 +122,14 @@ async def test_a_reply_that_would_have_come_anyway_is_not_taught(surprise: float
     assert len(samples) == kept
 
 
+async def test_the_replies_that_the_feedback_lifts_most_are_taught() -> None:
+    replies = iter(["you are Kuro", "Zip zap Kuro", "Zip are Kuro"])
+    inference = CharInference(lambda _: next(replies))
+    inference.surprise, inference.suggestible = 1.0, True  # the more words are not of the prompt, the more lift
+    samples = await hindsight_rollouts(ITEM, inference, TrainingConfig(hindsight_rollouts=3), keep=2)
+    assert [sample.response for sample in samples] == ["Zip zap Kuro", "Zip are Kuro"]
+
+
 SHOWN = ITEM.model_copy(update={"demonstration": "I am Kuro, at your service."})
 
 
@@ -177,6 +185,8 @@ async def test_anchors_are_sampled_once_and_taken_in_turn() -> None:
     assert inference.requests == []
     first, second = await anchors.take(5, 0), await anchors.take(5, 1)
     assert [a.prompt for a in first + second] == list(ANCHOR_PROMPTS[:10])
-    assert len(inference.requests) == len(ANCHOR_PROMPTS)
+    assert [request.messages[-1].content for request in inference.requests] == list(ANCHOR_PROMPTS[:10])
+    assert await anchors.take(5, 1) == second
+    assert len(inference.requests) == 10, "each is sampled once"
     assert all(a.source == "anchor" and a.feedback == "" and a.response.startswith("[base]") for a in first)
     assert len(await anchors.take(99, 3)) == len(ANCHOR_PROMPTS)
