@@ -1,20 +1,23 @@
 """How many times must it be told? Lesson after lesson on one adapter of a real service, by recipe and seed.
 
-    python -m benchmarks.learning
+    pip install 'claas[local,bench]' && python -m benchmarks.learning
 
-Each lesson is taught until at least 80 % of its probes comply, greedily, or the rounds are over; one round is one feedback request on
-replies to its prompts. After each lesson the probes of every lesson so far are asked again: the rows of the retention matrix. Damage is
+Each lesson is taught one feedback item at a time, each on the reply to another prompt, until at least 80 % of its probes comply, greedily,
+or `--items` were given. After each lesson the probes of every lesson so far are asked again: the rows of the retention matrix. Damage is
 the mean KL(base‖adapter), nats a token, estimated on replies that the base model sampled to unrelated questions at temperature 1.
 
 Controls: `in-context` has the feedback in the prompt and no training (what the model can do at all when it is told), and `prior` is the
 recipe this one replaces: one step on the reply itself, frozen base teacher, learning rate 3e-5, no rollouts, no replay, no anchors.
 `hindsight-KIND` is the default with another teacher of the hindsight rollouts, `own-KIND` teaches the replies themselves by that teacher.
+
+A run adds its courses to those in the file, in place of older ones of the same recipe and seed: a long benchmark can be run in parts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -34,6 +37,8 @@ ENOUGH = 0.8
 PROBE_TOKENS = 48
 REPLY_TOKENS = 160
 TRIES = 3
+MOST_DAMAGE = 0.05
+KEPT_FIGURES = ("reason", "first_try", "update", "retention", "cost")
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "no-replay": {"replay": 0},
@@ -74,24 +79,17 @@ class Student:
 
         return _together(ask, questions)
 
-    def teach(self, lesson: Lesson, training: dict[str, Any], seed: int) -> dict[str, Any]:
-        """One round: replies to the prompts, and the feedback on all that ended by themselves."""
-
-        def reply_id(number: int) -> str | None:
-            for attempt in range(TRIES):
-                draw = 1000 * seed + TRIES * number + attempt
-                fields: dict[str, Any] = {"max_tokens": REPLY_TOKENS, "temperature": 0.7, "seed": draw}
-                reply = self._service.chat(lesson.prompts[number], self.lora_id, **fields)
-                if reply["choices"][0]["finish_reason"] == "stop":
-                    return str(reply["id"])
-            return None
-
-        ids = [found for found in _together(reply_id, range(len(lesson.prompts))) if found is not None]
-        items = [{"completion_id": found, "feedback": lesson.feedback, "training": training} for found in ids]
-        answer = self._service.http.post("/v1/feedback", json={"requests": items})
-        assert answer.status_code == 200, answer.text
+    def teach(self, lesson: Lesson, number: int, training: dict[str, Any], seed: int) -> dict[str, Any]:
+        """One feedback item, on a reply to the lesson's prompt of this number (they come in turn). Replies cut off are asked again."""
+        for attempt in range(TRIES):
+            fields: dict[str, Any] = {"max_tokens": REPLY_TOKENS, "temperature": 0.7, "seed": 1000 * seed + TRIES * number + attempt}
+            reply = self._service.chat(lesson.prompts[(seed + number) % len(lesson.prompts)], self.lora_id, **fields)
+            if reply["choices"][0]["finish_reason"] == "stop":
+                break
+        item = {"completion_id": reply["id"], "feedback": lesson.feedback, "training": training}
+        answer = self._service.http.post("/v1/feedback", json={"requests": [item]})
         result: dict[str, Any] = answer.json()
-        return result
+        return result | {"status": "refused", "reason": result["error"]["message"]} if answer.status_code != 200 else result
 
     def score(self, model: str, question: str, completion: str) -> list[float]:
         body = {"model": model, "messages": [{"role": "user", "content": question}], "completion": completion}
@@ -121,16 +119,15 @@ def share(lesson: Lesson, replies: Sequence[str]) -> float:
     return sum(map(lesson.complies, replies)) / len(replies)
 
 
-def course(service: Service, recipe: str, seed: int, lessons: Sequence[Lesson], rounds: int) -> dict[str, Any]:
+def course(service: Service, recipe: str, seed: int, lessons: Sequence[Lesson], most_items: int) -> dict[str, Any]:
     """All lessons in a row on one adapter."""
     student = Student(service, f"{recipe}-{seed}/assistant")
     taught: list[dict[str, Any]] = []
     for number, lesson in enumerate(lessons):
         began = time.perf_counter()
         shares, outcomes = [share(lesson, student.greedy(lesson.probes))], list[dict[str, Any]]()
-        while shares[-1] < ENOUGH and len(outcomes) < rounds:
-            answer = student.teach(lesson, RECIPES[recipe], seed=100 * seed + len(outcomes))
-            outcomes.append({"status": answer["status"], **_figures(answer)})
+        while shares[-1] < ENOUGH and len(outcomes) < most_items:
+            outcomes.append(_figures(student.teach(lesson, len(outcomes), RECIPES[recipe], seed)))
             shares.append(share(lesson, student.greedy(lesson.probes)))
         seconds = time.perf_counter() - began
         replies = {known.name: student.greedy(known.probes) for known in lessons[: number + 1]}
@@ -139,7 +136,7 @@ def course(service: Service, recipe: str, seed: int, lessons: Sequence[Lesson], 
             "lesson": lesson.name,
             "shares": shares,
             "learnt": shares[-1] >= ENOUGH,
-            "rounds": len(outcomes),
+            "items": len(outcomes),
             "seconds": round(seconds, 1),
         }
         entry |= {"outcomes": outcomes, "retention": row, "damage": round(student.damage(), 4), "replies": replies}
@@ -154,8 +151,10 @@ def course(service: Service, recipe: str, seed: int, lessons: Sequence[Lesson], 
 
 
 def _figures(answer: dict[str, Any]) -> dict[str, Any]:
+    if answer["status"] == "refused":
+        return {"status": answer["status"], "reason": answer["reason"]}
     metadata = answer["distill_result"]["metadata"]
-    return {key: metadata[key] for key in ("reason", "first_try", "update", "retention", "cost") if key in metadata}
+    return {"status": answer["status"]} | {key: metadata[key] for key in KEPT_FIGURES if key in metadata}
 
 
 def in_context(service: Service, lessons: Sequence[Lesson]) -> dict[str, float]:
@@ -164,29 +163,81 @@ def in_context(service: Service, lessons: Sequence[Lesson]) -> dict[str, float]:
     return {lesson.name: share(lesson, student.greedy(lesson.probes, lesson.feedback)) for lesson in lessons}
 
 
+def summarise(courses: Sequence[dict[str, Any]], most_items: int) -> dict[str, dict[str, Any]]:
+    """Of each recipe over its seeds. A lesson that was not learnt counts as one item more than it was given."""
+    summary = {}
+    for recipe in dict.fromkeys(course["recipe"] for course in courses):
+        own = [course["lessons"] for course in courses if course["recipe"] == recipe]
+        entries = [entry for lessons in own for entry in lessons]
+        kept = [share for lessons in own for name, share in lessons[-1]["retention"].items() if name != lessons[-1]["lesson"]]
+        summary[recipe] = {
+            "seeds": len(own),
+            "items_median": statistics.median(e["items"] if e["learnt"] else most_items + 1 for e in entries),
+            "learnt": f"{sum(e['learnt'] for e in entries)}/{len(entries)}",
+            "seconds_median": statistics.median(e["seconds"] for e in entries),
+            "kept_median": statistics.median(kept) if kept else None,
+            "damage_at_the_end_mean": round(statistics.mean(lessons[-1]["damage"] for lessons in own), 4),
+        }
+    return summary
+
+
+def plot(result: dict[str, Any], out: Path) -> None:
+    """Compliance lesson by lesson for each recipe, over seeds (the diagonal and below: retention), and damage."""
+    from matplotlib import pyplot as plt
+
+    recipes = list(result["summary"])
+    figure, axes = plt.subplots(1, len(recipes) + 1, figsize=(3.6 * (len(recipes) + 1), 3.6), squeeze=False, layout="constrained")
+    for axis, recipe in zip(axes[0], recipes, strict=False):
+        own = [course["lessons"] for course in result["courses"] if course["recipe"] == recipe]
+        names = [entry["lesson"] for entry in own[0]]
+        cells = [
+            [statistics.mean(lessons[row]["retention"].get(name, math.nan) for lessons in own) for name in names]
+            for row in range(len(names))
+        ]
+        axis.imshow(cells, vmin=0, vmax=1, cmap="Blues")
+        for row, line in enumerate(cells):
+            for column, cell in enumerate(line[: row + 1]):
+                axis.text(column, row, f"{cell:.1f}", ha="center", va="center", color="white" if cell > 0.6 else "black")
+        axis.set(title=recipe, xticks=range(len(names)), yticks=range(len(names)), yticklabels=[f"after {name}" for name in names])
+        axis.set_xticklabels(names, rotation=60)
+        axes[0][-1].plot(
+            names, [statistics.mean(lessons[row]["damage"] for lessons in own) for row in range(len(names))], marker="o", label=recipe
+        )
+    axes[0][-1].axhline(MOST_DAMAGE, linestyle="--", color="gray")
+    axes[0][-1].set(title="damage, nats a token")
+    axes[0][-1].tick_params(axis="x", rotation=60)
+    axes[0][-1].legend(frameon=False)
+    figure.suptitle("Share of held-out probes that comply, after each lesson")
+    figure.savefig(out, metadata={"Date": None})
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--lessons", nargs="+", choices=[lesson.name for lesson in LESSONS], default=[lesson.name for lesson in LESSONS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rounds", type=int, default=3, help="feedback requests a lesson may take")
+    parser.add_argument("--items", type=int, default=6, help="feedback items a lesson may take")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/learning.json"))
     args = parser.parse_args()
     lessons = [lesson for lesson in LESSONS if lesson.name in args.lessons]
-    result: dict[str, Any] = {
-        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
-        "recipes": {name: RECIPES[name] for name in args.recipes},
-        "courses": [],
-    }
+    result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"courses": []}
+    result["machine"] = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, running(Path(folder) / "data") as service:
         result["in_context"] = in_context(service, lessons)
         print(f"in-context   {result['in_context']}", flush=True)
         for seed in args.seeds:
             for recipe in args.recipes:
-                result["courses"].append(course(service, recipe, seed, lessons, args.rounds))
+                done = course(service, recipe, seed, lessons, args.items)
+                others = [c for c in result["courses"] if (c["recipe"], c["seed"]) != (recipe, seed)]
+                result["courses"] = [*others, done | {"training": RECIPES[recipe], "most_items": args.items}]
+                result["summary"] = summarise(result["courses"], args.items)
                 args.out.write_text(json.dumps(result, indent=2) + "\n")  # an interrupted run keeps what it saw
-    print(f"written to {args.out}")
+    plot(result, args.out.with_suffix(".svg"))
+    for recipe, figures in result["summary"].items():
+        print(f"{recipe:16} {figures}")
+    print(f"written to {args.out} and {args.out.with_suffix('.svg')}")
 
 
 if __name__ == "__main__":
