@@ -15,7 +15,7 @@ def default_training(n_params: int) -> TrainingConfig:
         learning_rate=1e-3,
         gradient_steps=12,
         minibatch=4,
-        hindsight_rollouts=4,
+        hindsight_rollouts=8,
         hindsight_max_tokens=24,
         hindsight_temperature=0.5,
         min_lift=0.3,
