@@ -163,16 +163,18 @@ def in_context(service: Service, lessons: Sequence[Lesson]) -> dict[str, float]:
     return {lesson.name: share(lesson, student.greedy(lesson.probes, lesson.feedback)) for lesson in lessons}
 
 
-def summarise(courses: Sequence[dict[str, Any]], most_items: int) -> dict[str, dict[str, Any]]:
-    """Of each recipe over its seeds. A lesson that was not learnt counts as one item more than it was given."""
+def summarise(courses: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each recipe over its seeds. A lesson that was not learnt counts as one item more than its course gave it."""
     summary = {}
     for recipe in dict.fromkeys(course["recipe"] for course in courses):
-        own = [course["lessons"] for course in courses if course["recipe"] == recipe]
+        courses_of_recipe = [course for course in courses if course["recipe"] == recipe]
+        own = [course["lessons"] for course in courses_of_recipe]
         entries = [entry for lessons in own for entry in lessons]
+        needed = [e["items"] if e["learnt"] else course["most_items"] + 1 for course in courses_of_recipe for e in course["lessons"]]
         kept = [share for lessons in own for name, share in lessons[-1]["retention"].items() if name != lessons[-1]["lesson"]]
         summary[recipe] = {
             "seeds": len(own),
-            "items_median": statistics.median(e["items"] if e["learnt"] else most_items + 1 for e in entries),
+            "items_median": statistics.median(needed),
             "learnt": f"{sum(e['learnt'] for e in entries)}/{len(entries)}",
             "seconds_median": statistics.median(e["seconds"] for e in entries),
             "kept_median": statistics.median(kept) if kept else None,
@@ -225,14 +227,14 @@ def main() -> None:
     result["machine"] = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, running(Path(folder) / "data") as service:
-        result["in_context"] = in_context(service, lessons)
+        result["in_context"] = result.get("in_context", {}) | in_context(service, lessons)
         print(f"in-context   {result['in_context']}", flush=True)
         for seed in args.seeds:
             for recipe in args.recipes:
                 done = course(service, recipe, seed, lessons, args.items)
                 others = [c for c in result["courses"] if (c["recipe"], c["seed"]) != (recipe, seed)]
                 result["courses"] = [*others, done | {"training": RECIPES[recipe], "most_items": args.items}]
-                result["summary"] = summarise(result["courses"], args.items)
+                result["summary"] = summarise(result["courses"])
                 args.out.write_text(json.dumps(result, indent=2) + "\n")  # an interrupted run keeps what it saw
     plot(result, args.out.with_suffix(".svg"))
     for recipe, figures in result["summary"].items():

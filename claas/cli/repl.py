@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +15,8 @@ from claas.cli.adapters import table_of
 from claas.cli.client import Client, Message, Reply
 from claas.cli.report import Step
 from claas.core.errors import ClaasError
+
+HEARTBEAT_S = 0.5
 
 HELP = """\
 /feedback TEXT   say what was wrong with the last reply: it is learnt, and the same prompt is asked again
@@ -59,7 +64,8 @@ class Repl:
                 if line == "/quit":
                     return
                 if line:
-                    self._answer(line)
+                    with _interruptible():
+                        self._answer(line)
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -163,3 +169,22 @@ class Repl:
 
     def _say(self, text: str, style: str = "", end: str = "\n") -> None:
         self._console.print(Text(text, style=style), end=end)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end a wait for the service at once, even one that is pressed just before the wait begins.
+
+    Python looks for signals between two instructions, and a blocking read that has begun sees only what comes later. A heartbeat's
+    signal breaks the read off; Python then acts on Ctrl-C if there was one, and reads on if not.
+    """
+    if sys.platform == "win32":  # has no such timer
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, HEARTBEAT_S, HEARTBEAT_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -25,8 +25,8 @@ class ModelRunner:
 
     def __init__(self, model: LoadedModel, max_batch: int, max_context: int) -> None:
         tree = model.tree()
-        if model.device.type == "cpu":  # where attention costs what it reads; a GPU would rather have one call
-            tree.set_attn_implementation(attention.NAME)
+        # On a CPU attention costs what it reads; a GPU would rather have one call.
+        tree.set_attn_implementation(attention.NAME if model.device.type == "cpu" else "sdpa")
         self.switch = LoraSwitch(tree)
         self.slots = KVSlots(max_batch, max_context)
         self.device = model.device

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from claas.core.errors import ConfigurationError
@@ -37,10 +38,16 @@ def _load(settings: Settings, progress: bool) -> LoadedModel:
     source = settings.base_model_id
     path: str | Path = default_model(settings.cache_dir, progress=progress) if source is None else _local(source)
     trust = settings.trust_remote_code is not None
+    if settings.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ConfigurationError(
+            "flash_attention_2 needs a CUDA GPU and the package flash-attn: install it, or set CLAAS_ATTN_IMPLEMENTATION to sdpa"
+        )
     try:
         with _quiet(progress):
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-            module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust)
+            module = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation=settings.attn_implementation, trust_remote_code=trust
+            )
     except Exception as error:  # each library below has its own
         log.warning("loading the base model failed", exc_info=error)
         raise ConfigurationError(

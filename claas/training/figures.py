@@ -11,9 +11,10 @@ from torch import Tensor
 
 from claas.core.types import TrainingConfig
 from claas.training.hindsight import HINDSIGHT_VERSION
+from claas.training.micro_batch import MicroBatch, of_part, part_means
 from claas.training.report import Cost, MovedToken, OffPolicy, Retention, Signal, StepReport, Support, Update
 from claas.training.sdpo import divergence, entropy
-from claas.training.step import MicroBatch, StepResult, of_part, part_means
+from claas.training.step import StepResult
 
 MOST_MOVED = 10
 

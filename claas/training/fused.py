@@ -40,9 +40,11 @@ class FusedLlamaLayer(LlamaDecoderLayer):  # type: ignore[misc]
     """`LlamaDecoderLayer` without cache and dropout, over right-padded rows."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """(B, L, D) → (B, L, D)."""
+        """(B, L, D) → (B, L, D). A mask, as other attention kernels want one, is for the plain layer."""
+        if attention_mask is not None:
+            plain: Tensor = super().forward(hidden_states, attention_mask, **kwargs)
+            return plain
         attn, mlp = self.self_attn, self.mlp
-        assert attention_mask is None, "sequences are padded on the right, so nothing but causality masks them"
         qkv, o = _Linears(attn.q_proj, attn.k_proj, attn.v_proj), _Linears(attn.o_proj)
         gate_up, down = _Linears(mlp.gate_proj, mlp.up_proj), _Linears(mlp.down_proj)
         heads = _Heads(attn.num_key_value_groups, attn.head_dim, attn.scaling)

@@ -14,69 +14,29 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from claas.core.types import SampleSource, StepOutcome, TrainingConfig
-from claas.training.batch import Sample, Sequences, collate, micro_batches
+from claas.core.types import StepOutcome, TrainingConfig
+from claas.training.batch import Sample, Sequences, collate
+from claas.training.micro_batch import (
+    PARTS,
+    Measure,
+    MicroBatch,
+    Targets,
+    chunks,
+    join_measures,
+    join_targets,
+    lesson_batches,
+    old_logp,
+    part_means,
+    rows_of,
+)
 from claas.training.policy import Policy
 from claas.training.sdpo import bucket_and_token_logp, bucket_logp, divergence, importance_ratio, token_logp, top_k_support
 from claas.training.teachers import Speaker
-
-CHUNK = 128
-MICRO_BATCH_TOKENS = 1024
-
-Part = Literal["lesson", "replay", "anchor"]
-"""What a sample is there for: to be learnt, to be kept from earlier lessons, or to be left as the base model has it."""
-PARTS: tuple[Part, ...] = ("lesson", "replay", "anchor")
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """What a micro-batch is held to, fixed at the start of the lesson. Rows are its N response tokens."""
-
-    index_NK: Tensor
-    teacher_logp_NS: Tensor
-    teacher_logp_N: Tensor
-    start_logp_NS: Tensor
-    start_logp_N: Tensor
-    base_logp_NS: Tensor | None
-    control_logp_NS: Tensor | None
-
-
-@dataclass(slots=True)
-class MicroBatch:
-    """Samples of one source and one part that go through the model together, and their targets once measured."""
-
-    samples: list[Sample]
-    student: Sequences
-    alpha: float
-    targets: Targets | None = None
-
-    @property
-    def source(self) -> SampleSource:
-        return self.samples[0].source
-
-    @property
-    def part(self) -> Part:
-        return _part(self.samples[0])
-
-    @property
-    def tokens(self) -> int:
-        return int(self.student.targets_N.numel())
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """Per-token figures of one pass over all micro-batches, joined: (N_total,)."""
-
-    divergence: Tensor
-    ratio: Tensor
-    logp: Tensor
-    kl_to_start: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +68,8 @@ class LessonStep:
         self._optimizer = optimizer
         self._config = config
         self._breathe = breathe
-        self._batches = _micro_batches([s for s in samples if s.taught], config, policy.device)
-        self._witnesses = _micro_batches([s for s in samples if not s.taught], config, policy.device)
+        self._batches = lesson_batches([s for s in samples if s.taught], config, policy.device)
+        self._witnesses = lesson_batches([s for s in samples if not s.taught], config, policy.device)
         self._start = policy.snapshot()
         self._before: Measure | None = None
         self._after: Measure | None = None
@@ -163,11 +123,11 @@ class LessonStep:
             gradients: list[Tensor] = []
             targets: list[Targets] = []
             figures: list[Measure] = []
-            for rows in _chunks(batch.tokens):
+            for rows in chunks(batch.tokens):
                 leaf_ND = hidden_ND[rows].detach().requires_grad_()
                 logits_NV = self._policy.logits(leaf_ND)
                 if known:
-                    chunk = _rows(known, rows)
+                    chunk = rows_of(known, rows)
                     student = self._student(batch, rows, logits_NV, chunk.index_NK)
                 else:
                     student, chunk = self._measure_targets(batch, rows, logits_NV, contexts)
@@ -178,9 +138,9 @@ class LessonStep:
                 targets.append(chunk)
                 figures.append(figure)
             hidden_ND.backward(torch.cat(gradients))
-            batch.targets = known or _join_targets(targets)
-            measures.append(_join(figures))
-        return _join(measures)
+            batch.targets = known or join_targets(targets)
+            measures.append(join_measures(figures))
+        return join_measures(measures)
 
     @torch.no_grad()
     def _contexts(self, batch: MicroBatch) -> dict[str, Tensor]:
@@ -230,7 +190,7 @@ class LessonStep:
     def _loss(self, batch: MicroBatch, rows: slice, student: tuple[Tensor, Tensor], targets: Targets) -> tuple[Tensor, Measure]:
         student_NS, logp_N = student
         divergence_N = divergence(student_NS, targets.teacher_logp_NS, batch.alpha)
-        ratio_N = importance_ratio(logp_N, _old_logp(batch, targets, rows), self._config.is_clip)
+        ratio_N = importance_ratio(logp_N, old_logp(batch, targets, rows), self._config.is_clip)
         loss_N = divergence_N * ratio_N
         if targets.base_logp_NS is not None:
             loss_N = loss_N + self._config.kl_reg_weight * divergence(student_NS, targets.base_logp_NS, 1.0)
@@ -246,11 +206,11 @@ class LessonStep:
             assert batch.targets is not None
             hidden_ND = self._policy.hidden(batch.student)
             self._forward_tokens += batch.student.ids_BL.numel()
-            for rows in _chunks(batch.tokens):
-                targets = _rows(batch.targets, rows)
+            for rows in chunks(batch.tokens):
+                targets = rows_of(batch.targets, rows)
                 student = self._student(batch, rows, self._policy.logits(hidden_ND[rows]), targets.index_NK)
                 measures.append(self._loss(batch, rows, student, targets)[1])
-        return _join(measures)
+        return join_measures(measures)
 
     @torch.no_grad()
     def _witness(self) -> list[Tensor]:
@@ -260,7 +220,7 @@ class LessonStep:
             self._breathe()
             hidden_ND = self._policy.hidden(batch.student)
             self._forward_tokens += batch.student.ids_BL.numel()
-            logps += [token_logp(self._policy.logits(hidden_ND[rows]), batch.student.targets_N[rows]) for rows in _chunks(batch.tokens)]
+            logps += [token_logp(self._policy.logits(hidden_ND[rows]), batch.student.targets_N[rows]) for rows in chunks(batch.tokens)]
         return logps
 
     def _reply_logp(self, measure: Measure | None, witnessed: list[Tensor]) -> float | None:
@@ -341,65 +301,3 @@ class LessonStep:
             yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began
-
-
-def _micro_batches(samples: Sequence[Sample], config: TrainingConfig, device: torch.device) -> list[MicroBatch]:
-    return [
-        MicroBatch(
-            group,
-            collate([s.student_prompt for s in group], [s.response for s in group]).to(device),
-            config.alpha if source == "sampled" else 0.0,
-        )
-        for source in ("sampled", "hindsight", "anchor")
-        for part in PARTS
-        for group in micro_batches([s for s in samples if s.source == source and _part(s) == part], MICRO_BATCH_TOKENS, config.minibatch)
-    ]
-
-
-def _part(sample: Sample) -> Part:
-    if sample.source == "anchor":
-        return "anchor"
-    return "replay" if sample.replayed else "lesson"
-
-
-def of_part(batches: Sequence[MicroBatch], values_N: Tensor, part: Part) -> Tensor:
-    """The rows of a measure's column that are tokens of one part, (N_part,); empty if the lesson has none of it."""
-    columns = values_N.split([batch.tokens for batch in batches])
-    chosen = [column for column, batch in zip(columns, batches, strict=True) if batch.part == part]
-    return torch.cat(chosen) if chosen else values_N[:0]
-
-
-def part_means(batches: Sequence[MicroBatch], values_N: Tensor) -> dict[Part, float]:
-    """Mean of a measure's column over the tokens of each part that the lesson has."""
-    present = {batch.part for batch in batches}
-    return {part: float(of_part(batches, values_N, part).mean()) for part in PARTS if part in present}
-
-
-def _old_logp(batch: MicroBatch, targets: Targets, rows: slice) -> Tensor | None:
-    """What the importance ratio is taken against: the serving engine's logprobs for a reply of an earlier version, the start of the lesson
-    for an on-policy one (so exactly 1 on the first step), nothing for replies that are not the student's."""
-    if batch.source != "sampled":
-        return None
-    served_N = torch.tensor([logp for s in batch.samples for logp in s.served_logp], device=targets.start_logp_N.device)[rows]
-    on_policy_N = torch.tensor([s.on_policy for s in batch.samples for _ in s.response], device=served_N.device)[rows]
-    return torch.where(on_policy_N, targets.start_logp_N, served_N)
-
-
-def _chunks(n: int) -> list[slice]:
-    return [slice(at, min(at + CHUNK, n)) for at in range(0, n, CHUNK)]
-
-
-def _rows(targets: Targets, rows: slice) -> Targets:
-    columns: list[Any] = [getattr(targets, field.name) for field in fields(Targets)]
-    taken: list[Any] = [None if column is None else column[rows] for column in columns]
-    return Targets(*taken)
-
-
-def _join_targets(parts: Sequence[Targets]) -> Targets:
-    columns: list[Any] = [[getattr(part, field.name) for part in parts] for field in fields(Targets)]
-    joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
-    return Targets(*joined)
-
-
-def _join(parts: Sequence[Measure]) -> Measure:
-    return Measure(*[torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Measure)])

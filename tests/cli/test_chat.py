@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import pty
-import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -132,30 +131,12 @@ class Terminal:
     def types(self, keys: bytes) -> None:
         os.write(self._file, keys)
 
-    def stops_it(self, text: str) -> None:
-        """Press Ctrl-C until `text` is shown, as a person would.
-
-        Python looks for a signal between two instructions: one that comes just before a blocking read is acted upon when the next
-        bytes come (about one in a thousand on a busy machine), and here none ever do.
-        """
-        while text.encode() not in self._shown:
-            self.types(CTRL_C)
-            while select.select([self._file], [], [], 2.0)[0] and text.encode() not in self._shown:
-                self._read()
-        self._done_with(text)
-
     def sees(self, text: str) -> None:
         """Read on until `text` is shown; what came before it is done with."""
         while text.encode() not in self._shown:
-            self._read()
-        self._done_with(text)
-
-    def _read(self) -> None:
-        piece = os.read(self._file, 4096)
-        assert piece, self._shown
-        self._shown += piece
-
-    def _done_with(self, text: str) -> None:
+            piece = os.read(self._file, 4096)
+            assert piece, self._shown
+            self._shown += piece
         self._shown = self._shown.split(text.encode(), 1)[1]
 
 
@@ -184,7 +165,8 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(live: Live) -> None:
         terminal.sees("you> ")
         terminal.types(b"Tell me all\n")
         terminal.sees("[me/as")  # six tokens, and then it hangs
-        terminal.stops_it("(stopped; /quit leaves)")
+        terminal.types(CTRL_C)
+        terminal.sees("(stopped; /quit leaves)")
         terminal.types(b"/feedback too slow\n")
         terminal.sees("there is no reply to learn from yet")  # an error, and the talk goes on
         live.world.inference.steps = None

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import is_flash_attn_2_available
 
 from claas.core.errors import ConfigurationError
 from claas.core.settings import Settings
+from claas.inference.runner import ModelRunner
 from claas.models.load import load_base_model
 from tests.models.tiny import tiny_tokenizer
 
@@ -48,6 +50,19 @@ def test_auto_takes_what_the_machine_computes_in(folder: Path) -> None:
     model = load_base_model(settings(folder, dtype="auto", device="auto"))
     assert model.dtype in (torch.bfloat16, torch.float32)
     assert next(model.module.parameters()).device.type == model.device.type
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_the_trainer_attends_by_the_kernel_asked_for_and_the_server_by_its_own(folder: Path, kernel: str) -> None:
+    model = load_base_model(settings(folder, attn_implementation=kernel))
+    ModelRunner(model, max_batch=1, max_context=64)
+    assert model.tree().config._attn_implementation == kernel
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="it is installed here")
+def test_a_kernel_that_is_not_installed_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigurationError, match="CLAAS_ATTN_IMPLEMENTATION"):
+        load_base_model(settings(folder, attn_implementation="flash_attention_2"))
 
 
 def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import inspect, select, text
+from sqlalchemy import Connection, inspect, select, text
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from claas.core.errors import ConfigurationError
@@ -22,6 +23,17 @@ def empty(url: str) -> Iterator[Database]:
     database = Database(url)
     yield database
     database.close()
+
+
+@contextmanager
+def _at_revision(database: Database, revision: str) -> Iterator[Connection]:
+    """A connection to the database as that revision of CLaaS left it; commits at the end."""
+    config = Config()
+    config.set_main_option("script_location", "claas.storage:migrations")
+    with database.engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+        yield connection
 
 
 def _differences(database: Database) -> list[object]:
@@ -58,11 +70,7 @@ def test_migrating_again_changes_nothing(empty: Database) -> None:
 
 
 def test_feedback_from_before_ratings_is_kept(empty: Database) -> None:
-    config = Config()
-    config.set_main_option("script_location", "claas.storage:migrations")
-    with empty.engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0001")
+    with _at_revision(empty, "0001") as connection:
         connection.execute(
             text(
                 "INSERT INTO feedback (id, request_id, lora_id, completion_id, feedback, metadata, state, created_at)"
@@ -76,11 +84,7 @@ def test_feedback_from_before_ratings_is_kept(empty: Database) -> None:
 
 
 def test_lessons_from_before_contradictions_contradict_nothing(empty: Database) -> None:
-    config = Config()
-    config.set_main_option("script_location", "claas.storage:migrations")
-    with empty.engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0003")
+    with _at_revision(empty, "0003") as connection:
         connection.execute(
             text("INSERT INTO lessons (lora_id, version, parent, feedback_ids, training, samples) VALUES ('me/a', 1, 0, '[]', '{}', '[]')")
         )

@@ -17,10 +17,10 @@ from claas.training.policy import Policy
 VOCAB = 300
 
 
-def tiny_llama(seed: int = 0) -> LoadedModel:
+def tiny_llama(seed: int = 0, vocab: int = VOCAB) -> LoadedModel:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=512, initializer_range=0.2,
     )  # fmt: skip
     module = LlamaForCausalLM(config).eval().requires_grad_(False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from claas.adapters.initialise import write_initial_adapter
 from claas.models.base_model import LoadedModel
@@ -15,6 +16,10 @@ from claas.training.batch import collate
 from claas.training.lora import LoraLinear
 from claas.training.policy import Policy
 from tests.training.conftest import ids, tiny_llama
+
+
+class PlainLayer(LlamaDecoderLayer):  # type: ignore[misc]
+    """Computes module by module on every device: only the very class that it extends is fused."""
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -25,6 +30,8 @@ def relative(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
 def test_it_computes_what_peft_does(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
     own = tiny_llama()
+    for layer in own.module.model.layers:
+        layer.__class__ = PlainLayer
     model = LoadedModel("tiny", "tiny", own.config, own.tokenizer, own.module.to(dtype), own.device, dtype)
     write_initial_adapter(tmp_path, model.config, base_model="tiny", rank=4, alpha=8, target_modules=None)
     policy = Policy(model, tmp_path)
@@ -54,5 +61,5 @@ def test_it_computes_what_peft_does(tmp_path: Path, dtype: torch.dtype, toleranc
         assert ours.dtype == torch.float32
         assert relative(ours, expected) < tolerance, name
     with torch.no_grad(), peft.disable_adapter():
-        assert relative(policy.hidden(sequences, speaker="base"), hidden(peft)) < tolerance
+        assert torch.equal(policy.hidden(sequences, speaker="base"), hidden(peft))
         assert relative(policy.hidden(sequences, speaker="base"), ours_ND) > 0.01

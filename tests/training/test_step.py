@@ -10,17 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from claas.core.types import TrainingConfig
 from claas.models.base_model import LoadedModel
-from claas.training import step as step_module
 from claas.training.batch import Sample
 from claas.training.figures import summarise
+from claas.training.micro_batch import CHUNK, MICRO_BATCH_TOKENS, part_means
 from claas.training.policy import Policy
 from claas.training.sdpo import sdpo_loss
-from claas.training.step import CHUNK, LessonStep, StepResult, part_means
-from tests.training.conftest import VOCAB, sample
+from claas.training.step import LessonStep, StepResult
+from tests.training.conftest import sample
 
 CONFIG = TrainingConfig(learning_rate=1e-2, teacher_top_k=20, max_kl=100.0)
 
@@ -323,37 +322,10 @@ def test_relative_change_is_the_norm_of_the_products_difference(base: LoadedMode
     assert policy.relative_change(start) == pytest.approx(change / size, rel=1e-3)
 
 
-# --- memory ---
-
-
-class LargestTensor(TorchDispatchMode):
-    """Watches every operation for the largest tensor whose last axis is the vocabulary."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.rows = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape[-1] == VOCAB:
-                self.rows = max(self.rows, tensor.numel() // VOCAB)
-        return out
-
-
-def test_no_tensor_of_all_positions_by_the_vocabulary_exists(policy: Policy, folder: Path) -> None:
-    samples = [sample(n, response=150) for n in range(3)]
-    with LargestTensor() as seen:
-        result = learn(policy, folder, samples, CONFIG.model_copy(update={"gradient_steps": 2}))
-    assert result.outcome == "applied"
-    assert sum(b.tokens for b in result.batches) == 450
-    assert 0 < seen.rows <= CHUNK
-
-
 def test_a_micro_batch_never_grows_past_its_tokens(policy: Policy, folder: Path) -> None:
     result = learn(policy, folder, [sample(n, prompt=100, response=100) for n in range(12)])
     assert len(result.batches) > 1
-    assert all(b.student.ids_BL.numel() <= step_module.MICRO_BATCH_TOKENS for b in result.batches)
+    assert all(b.student.ids_BL.numel() <= MICRO_BATCH_TOKENS for b in result.batches)
 
 
 # --- earlier lessons beside the new one ---

@@ -1,0 +1,131 @@
+"""Samples that go through the model together, what they are held to, and what a pass over them measured.
+
+Shape legend
+    N  response tokens of a micro-batch   K  support   S  buckets (K and a tail)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from claas.core.types import SampleSource, TrainingConfig
+from claas.training.batch import Sample, Sequences, collate, micro_batches
+
+CHUNK = 128
+MICRO_BATCH_TOKENS = 1024
+
+Part = Literal["lesson", "replay", "anchor"]
+"""What a sample is there for: to be learnt, to be kept from earlier lessons, or to be left as the base model has it."""
+PARTS: tuple[Part, ...] = ("lesson", "replay", "anchor")
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What a micro-batch is held to, fixed at the start of the lesson. Rows are its N response tokens."""
+
+    index_NK: Tensor
+    teacher_logp_NS: Tensor
+    teacher_logp_N: Tensor
+    start_logp_NS: Tensor
+    start_logp_N: Tensor
+    base_logp_NS: Tensor | None
+    control_logp_NS: Tensor | None
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """Samples of one source and one part that go through the model together, and their targets once measured."""
+
+    samples: list[Sample]
+    student: Sequences
+    alpha: float
+    targets: Targets | None = None
+
+    @property
+    def source(self) -> SampleSource:
+        return self.samples[0].source
+
+    @property
+    def part(self) -> Part:
+        return _part(self.samples[0])
+
+    @property
+    def tokens(self) -> int:
+        return int(self.student.targets_N.numel())
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Per-token figures of one pass over all micro-batches, joined: (N_total,)."""
+
+    divergence: Tensor
+    ratio: Tensor
+    logp: Tensor
+    kl_to_start: Tensor
+
+
+def lesson_batches(samples: Sequence[Sample], config: TrainingConfig, device: torch.device) -> list[MicroBatch]:
+    return [
+        MicroBatch(
+            group,
+            collate([s.student_prompt for s in group], [s.response for s in group]).to(device),
+            config.alpha if source == "sampled" else 0.0,
+        )
+        for source in ("sampled", "hindsight", "anchor")
+        for part in PARTS
+        for group in micro_batches([s for s in samples if s.source == source and _part(s) == part], MICRO_BATCH_TOKENS, config.minibatch)
+    ]
+
+
+def _part(sample: Sample) -> Part:
+    if sample.source == "anchor":
+        return "anchor"
+    return "replay" if sample.replayed else "lesson"
+
+
+def of_part(batches: Sequence[MicroBatch], values_N: Tensor, part: Part) -> Tensor:
+    """The rows of a measure's column that are tokens of one part, (N_part,); empty if the lesson has none of it."""
+    columns = values_N.split([batch.tokens for batch in batches])
+    chosen = [column for column, batch in zip(columns, batches, strict=True) if batch.part == part]
+    return torch.cat(chosen) if chosen else values_N[:0]
+
+
+def part_means(batches: Sequence[MicroBatch], values_N: Tensor) -> dict[Part, float]:
+    """Mean of a measure's column over the tokens of each part that the lesson has."""
+    present = {batch.part for batch in batches}
+    return {part: float(of_part(batches, values_N, part).mean()) for part in PARTS if part in present}
+
+
+def old_logp(batch: MicroBatch, targets: Targets, rows: slice) -> Tensor | None:
+    """What the importance ratio is taken against: the serving engine's logprobs for a reply of an earlier version, the start of the lesson
+    for an on-policy one (so exactly 1 on the first step), nothing for replies that are not the student's."""
+    if batch.source != "sampled":
+        return None
+    served_N = torch.tensor([logp for s in batch.samples for logp in s.served_logp], device=targets.start_logp_N.device)[rows]
+    on_policy_N = torch.tensor([s.on_policy for s in batch.samples for _ in s.response], device=served_N.device)[rows]
+    return torch.where(on_policy_N, targets.start_logp_N, served_N)
+
+
+def chunks(n: int) -> list[slice]:
+    return [slice(at, min(at + CHUNK, n)) for at in range(0, n, CHUNK)]
+
+
+def rows_of(targets: Targets, rows: slice) -> Targets:
+    columns: list[Any] = [getattr(targets, field.name) for field in fields(Targets)]
+    taken: list[Any] = [None if column is None else column[rows] for column in columns]
+    return Targets(*taken)
+
+
+def join_targets(parts: Sequence[Targets]) -> Targets:
+    columns: list[Any] = [[getattr(part, field.name) for part in parts] for field in fields(Targets)]
+    joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+    return Targets(*joined)
+
+
+def join_measures(parts: Sequence[Measure]) -> Measure:
+    return Measure(*[torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Measure)])
