@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 EngineKind = Literal["local", "modal", "tinker"]
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 SampleSource = Literal["sampled", "hindsight", "anchor"]
 TeacherKind = Literal["live", "base", "ema", "snapshot", "book"]
 StepOutcome = Literal["applied", "skipped", "undone"]
@@ -53,6 +53,14 @@ class SamplingParams(Frozen):
     stop: tuple[str, ...] = ()
     top_logprobs: int = Field(default=0, ge=0, le=20)
     ignore_eos: bool = False
+
+
+class ToolCall(Frozen):
+    """A function that the model wants called. `arguments` is JSON as the model wrote it: it may be no valid JSON."""
+
+    id: str
+    name: str
+    arguments: str
 
 
 class LoraRuntimeRef(Frozen):
@@ -207,6 +215,20 @@ class DistillBatchRequestPayload(Frozen):
     samples: list[DistillBatchItem] = Field(min_length=1)
     save_in_place: bool = False
     feedback_ids: tuple[str, ...] = ()
+
+
+class RoomPlan(Frozen):
+    """How a serving engine on the trainer's device makes room for a step; those that need no room ignore it.
+
+    sleep_before: False trains beside the serving engine, whatever the policy says.
+    wake_after, wake_on_failure: always True: a service that was left asleep would answer nobody.
+    sleep_level: 1 keeps the weights in host memory.
+    """
+
+    sleep_before: bool = True
+    wake_after: Literal[True] = True
+    wake_on_failure: Literal[True] = True
+    sleep_level: Literal[1] = 1
 
 
 class DistillResponse(Frozen):

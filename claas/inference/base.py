@@ -6,26 +6,41 @@ Every backend passes `tests/contracts/test_inference_backend.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import JsonValue
 
-from claas.core.types import ChatMessage, FinishReason, Frozen, LoraRuntimeRef, SamplingParams, ServiceHealth
+from claas.core.types import (
+    ChatMessage,
+    FinishReason,
+    Frozen,
+    LoraRuntimeRef,
+    RoomPlan,
+    SamplingParams,
+    ServiceHealth,
+    ToolCall,
+)
 
 
 class GenerationRequest(Frozen):
     """One reply to sample. Exactly one of `messages` and `prompt` is given; `adapter` None is the plain base model.
 
-    `background` requests wait while a user's request wants the slot.
+    `background` requests wait while a user's request wants the slot. `tools`, `tool_choice`, `parallel_tool_calls` and `response_format`
+    are as OpenAI documents them, for chat only; a backend without them refuses them by name. Tools stand in the prompt, so they are also
+    in `template_kwargs["tools"]`, which is what a rollout keeps.
     """
 
     messages: tuple[ChatMessage, ...] = ()
     prompt: str | None = None
     template_kwargs: dict[str, JsonValue] = {}
     adapter: LoraRuntimeRef | None = None
+    tools: tuple[dict[str, JsonValue], ...] = ()
+    tool_choice: JsonValue = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, JsonValue] | None = None
     sampling: SamplingParams = SamplingParams()
     background: bool = False
 
@@ -40,15 +55,28 @@ class SampledToken:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallPiece:
+    """A part of the `index`-th tool call. Its first piece has `id` and `name`; `arguments` go on from piece to piece."""
+
+    index: int
+    arguments: str
+    id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationChunk:
     """What one decoding step added. `text` may lag behind `tokens` (an unfinished character, a possible stop string).
 
+    `reasoning` is what the model thinks before it answers, where the backend can tell; it is no part of `text`.
     The last chunk, and only it, has a `finish_reason`; its `text` completes the visible reply.
     """
 
     text: str
     tokens: tuple[SampledToken, ...]
     finish_reason: FinishReason | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallPiece, ...] = ()
 
 
 class TokenStream(ABC):
@@ -72,6 +100,27 @@ class Generation:
     tokens: tuple[SampledToken, ...]
     text: str
     finish_reason: FinishReason
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(slots=True)
+class Room:
+    """What a backend did to make room for a step, filled in as it happens. `next` is set by whoever trains: it is loaded on waking."""
+
+    slept: bool = False
+    woke: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+    next: LoraRuntimeRef | None = None
+
+
+def joined_tool_calls(pieces: Iterable[ToolCallPiece]) -> tuple[ToolCall, ...]:
+    """Whole tool calls, in the order of their index."""
+    calls: dict[int, ToolCall] = {}
+    for piece in pieces:
+        call = calls.get(piece.index, ToolCall(id="", name="", arguments=""))
+        calls[piece.index] = ToolCall(id=piece.id or call.id, name=piece.name or call.name, arguments=call.arguments + piece.arguments)
+    return tuple(calls[index] for index in sorted(calls))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +153,18 @@ class InferenceBackend(ABC):
     async def complete(self, request: GenerationRequest) -> Generation:
         """`stream`, drained. If the caller is cancelled the slot is freed."""
         stream = await self.stream(request)
-        text: list[str] = []
-        tokens: list[SampledToken] = []
-        finish: FinishReason = "abort"
         try:
-            async for chunk in stream:
-                text.append(chunk.text)
-                tokens.extend(chunk.tokens)
-                finish = chunk.finish_reason or finish
+            chunks = [chunk async for chunk in stream]
         finally:
             await stream.aclose()
-        return Generation(stream.prompt_token_ids, tuple(tokens), "".join(text), finish)
+        return Generation(
+            prompt_token_ids=stream.prompt_token_ids,
+            tokens=tuple(token for chunk in chunks for token in chunk.tokens),
+            text="".join(chunk.text for chunk in chunks),
+            finish_reason=(chunks[-1].finish_reason if chunks else None) or "abort",
+            reasoning="".join(chunk.reasoning for chunk in chunks),
+            tool_calls=joined_tool_calls(piece for chunk in chunks for piece in chunk.tool_calls),
+        )
 
     @abstractmethod
     async def score(self, request: GenerationRequest, completion: str | tuple[int, ...]) -> Score:
@@ -129,8 +179,12 @@ class InferenceBackend(ABC):
         """One token as text, special tokens included."""
 
     @abstractmethod
-    def paused(self) -> AbstractAsyncContextManager[None]:
-        """Hold while a step trains. Backends that serve on through a step do nothing here."""
+    def paused(self, plan: RoomPlan) -> AbstractAsyncContextManager[Room]:
+        """Hold while a step trains, so that it has the device's memory. Backends that serve on through a step do nothing here.
+
+        Leaving it, however that happens, ends with the backend serving. Raises BackendUnavailable before anything is trained if no room
+        could be made.
+        """
 
     @abstractmethod
     async def activate(self, ref: LoraRuntimeRef) -> None:

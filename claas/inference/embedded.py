@@ -18,8 +18,8 @@ import torch
 from pydantic import JsonValue
 
 from claas.core.errors import BackendUnavailable, BadRequest, ContextOverflow
-from claas.core.types import LoraRuntimeRef, SamplingParams, ServiceHealth
-from claas.inference.base import GenerationChunk, GenerationRequest, InferenceBackend, Score, TokenStream
+from claas.core.types import LoraRuntimeRef, RoomPlan, SamplingParams, ServiceHealth
+from claas.inference.base import GenerationChunk, GenerationRequest, InferenceBackend, Room, Score, TokenStream
 from claas.inference.detokenize import Detokenizer
 from claas.inference.jobs import Item, Reply, Scoring
 from claas.inference.lora_cache import LoraCache
@@ -63,6 +63,7 @@ class EmbeddedInference(InferenceBackend):
         self._helpers = ThreadPoolExecutor(2, "claas-prepare", initializer=torch.set_num_threads, initargs=(1,))
 
     async def stream(self, request: GenerationRequest) -> TokenStream:
+        _refuse_unsupported(request)
         prompt = await self._in_thread(lambda: self._prompt(request))
         reply = Reply(
             prompt=prompt,
@@ -112,9 +113,9 @@ class EmbeddedInference(InferenceBackend):
         return str(self._model.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
 
     @asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
+    async def paused(self, plan: RoomPlan) -> AsyncIterator[Room]:
         """Nothing to pause: the trainer works on a tree of its own."""
-        yield
+        yield Room()
 
     async def activate(self, ref: LoraRuntimeRef) -> None:
         await self._adapters.get(ref)
@@ -174,6 +175,15 @@ class EmbeddedInference(InferenceBackend):
         weights = await self._in_thread(lambda: read_lora(Path(ref.lora_path), ref.vllm_name, device=self._model.device, dtype=dtype))
         self._runner.switch.check(weights)
         return weights
+
+
+def _refuse_unsupported(request: GenerationRequest) -> None:
+    """What only a serving engine with parsers and grammars can honour. Raises BadRequest."""
+    for field in ("tools", "tool_choice", "response_format"):
+        if getattr(request, field):
+            raise BadRequest(
+                f"{field} is not supported by the embedded model: leave it out, or serve with vLLM (VLLM_BASE_URL)", param=field
+            )
 
 
 class EmbeddedStream(TokenStream):

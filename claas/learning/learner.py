@@ -73,7 +73,7 @@ class Learner:
                 parent = await self._engine.lora_runtime_ref(lesson.lora_id)
                 with watch.phase("rollouts"):
                     payload = await self._with_rollouts(lesson.payload(feedback_ids))
-                step = await self._updater.update(payload, parent, watch)
+                step = await self._updater.update(payload, parent, watch, lesson.request.room)
                 with watch.phase("save"):
                     version = await self._publish(step, parent)
                 shown = await show(lesson, version, self._inference) if lesson.request.show else ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -20,7 +20,12 @@ class Stopwatch:
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+            self.add({name: time.perf_counter() - began})
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Phases that something else has timed."""
+        for name, more in seconds.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + more
 
     def timing_ms(self) -> dict[str, int]:
         """Every phase, and `total` since the start. Phases that only other backends have are 0."""

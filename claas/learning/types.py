@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from claas.core.types import DistillResponse, Frozen, Rating, StepOutcome
+from claas.core.types import DistillResponse, Frozen, Rating, RoomPlan, StepOutcome
 
 
 class FeedbackItem(Frozen):
@@ -39,6 +39,7 @@ class LessonRequest(Frozen):
     request_id: str
     items: tuple[FeedbackItem, ...] = Field(min_length=1)
     show: bool = False
+    room: RoomPlan = RoomPlan()
 
 
 class Shown(Frozen):

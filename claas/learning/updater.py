@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from claas.core.types import DistillBatchItem, DistillBatchRequestPayload, DistillResponse, LoraRuntimeRef
+from claas.core.types import DistillBatchItem, DistillBatchRequestPayload, DistillResponse, LoraRuntimeRef, RoomPlan
 from claas.inference.base import InferenceBackend
 from claas.learning.anchors import Anchors
 from claas.learning.checks import Question, find_collapse, questions
@@ -21,6 +21,7 @@ SECOND_TRY = 0.3
 """The share of the learning rate with which an undone lesson is tried again."""
 BOOK_TOKENS = 256
 """How much of the book a `book` teacher reads."""
+_ROOM = RoomPlan()
 
 
 class Updater:
@@ -32,7 +33,9 @@ class Updater:
         self._book = book
         self._anchors = Anchors(inference)
 
-    async def update(self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, watch: Stopwatch) -> DistillResponse:
+    async def update(
+        self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, watch: Stopwatch, plan: RoomPlan = _ROOM
+    ) -> DistillResponse:
         """Train `parent` on the lesson's samples, beside earlier lessons' and anchors. What did harm is tried once more, smaller.
 
         A version in `metadata` is checked, loaded and in the lesson book, and does not serve yet. Its `contradicts` are the versions that
@@ -45,10 +48,10 @@ class Updater:
         earlier = standing(learnt, overruled)
         whole = payload.model_copy(update={"samples": await self._with_earlier(payload, parent, earlier)})
         asked = questions(payload.samples, earlier)
-        step = await self._try(whole, parent, asked, watch)
+        step = await self._try(whole, parent, asked, watch, plan)
         if step.metadata["outcome"] == "undone":
             training = whole.training.model_copy(update={"learning_rate": whole.training.learning_rate * SECOND_TRY})
-            again = await self._try(whole.model_copy(update={"training": training}), parent, asked, watch)
+            again = await self._try(whole.model_copy(update={"training": training}), parent, asked, watch, plan)
             step = again.model_copy(update={"metadata": again.metadata | {"first_try": step.metadata["reason"]}})
         if (version := step.metadata["version"]) is not None:
             taught = TaughtLesson(
@@ -91,11 +94,15 @@ class Updater:
         return kept[::-1]
 
     async def _try(
-        self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, asked: Sequence[Question], watch: Stopwatch
+        self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, asked: Sequence[Question], watch: Stopwatch, plan: RoomPlan
     ) -> DistillResponse:
-        with watch.phase("distill"):
-            async with self._inference.paused():
+        async with self._inference.paused(plan) as room:
+            with watch.phase("distill"):
                 step = await self._engine.distill(payload)
+            if (version := step.metadata["version"]) is not None:
+                room.next = await self._engine.lora_runtime_ref(step.lora_id, version)
+        watch.add(room.seconds)
+        step = step.model_copy(update={"metadata": step.metadata | {"room": {"slept": room.slept, "woke": room.woke}}})
         with watch.phase("check"):
             return await self._check(step, parent, asked, payload.training.min_reply_logprob)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from claas.core.errors import BackendUnavailable, ContextOverflow
-from claas.core.types import ChatMessage, LoraRuntimeRef, SamplingParams
+from claas.core.types import ChatMessage, LoraRuntimeRef, RoomPlan, SamplingParams
 from claas.inference.base import Generation, GenerationChunk, GenerationRequest, InferenceBackend
 from claas.inference.embedded import EmbeddedInference
 from claas.models.base_model import LoadedModel
@@ -189,7 +189,7 @@ async def test_a_text_as_a_whole_reply_is_scored_like_it_and_ends(served: Served
 
 
 async def test_serving_goes_on_while_paused_or_waits_but_always_answers(served: Served) -> None:
-    async with served.backend.paused():
+    async with served.backend.paused(RoomPlan()):
         waiting = asyncio.create_task(served.backend.complete(ask()))
         await asyncio.sleep(0)
     assert (await waiting).tokens

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 from typing import Literal
 
 from claas.core.errors import BackendUnavailable, ContextOverflow, Overloaded
-from claas.core.types import FinishReason, LoraRuntimeRef, ServiceHealth
-from claas.inference.base import GenerationChunk, GenerationRequest, InferenceBackend, SampledToken, Score, TokenStream
+from claas.core.types import FinishReason, LoraRuntimeRef, RoomPlan, ServiceHealth
+from claas.inference.base import GenerationChunk, GenerationRequest, InferenceBackend, Room, SampledToken, Score, TokenStream
 
 EOS = 0
 EOS_TEXT = "<eos>"
@@ -138,8 +138,8 @@ class CharInference(InferenceBackend):
         return EOS_TEXT if token_id == EOS else chr(token_id)
 
     @asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
-        yield
+    async def paused(self, plan: RoomPlan) -> AsyncIterator[Room]:
+        yield Room()
 
     async def activate(self, ref: LoraRuntimeRef) -> None:
         self.active.append(ref)

@@ -22,6 +22,7 @@ async def give_feedback(body: FeedbackRequest, services: ServicesDep) -> Feedbac
         request_id=f"lesson-{uuid.uuid4().hex}",
         items=tuple(entry.to_core() for entry in body.requests),
         show=body.show,
+        room=body.orchestration.to_core(),
     )
     return FeedbackResponse.from_core(await services.learner.learn(lesson))
 

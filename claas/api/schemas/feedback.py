@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field, JsonValue, StringConstra
 from pydantic_core import PydanticCustomError
 
 from claas.api.schemas.base import AdapterId, OpaqueId, WireRequest, unsupported
-from claas.core.types import DistillResponse, Rating, TrainingConfig
+from claas.core.types import DistillResponse, Rating, RoomPlan, TrainingConfig
 from claas.learning.types import FeedbackItem, LessonResult, Shown
 
 MAX_FEEDBACK_CHARS = 8000
@@ -76,13 +76,32 @@ class FeedbackEntry(WireRequest):
         )
 
 
+def _refuse_but(allowed: JsonValue, why: str) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        if value != allowed or isinstance(value, bool) != isinstance(allowed, bool):
+            raise unsupported(why)
+        return value
+
+    return BeforeValidator(check)
+
+
+_never_left_asleep = _refuse_but(True, "can only be true: a serving engine that is left asleep would answer nobody")
+_weights_kept = _refuse_but(1, "can only be 1: at level 2 the serving engine would lose its weights")
+
+
 class Orchestration(WireRequest):
-    """How a serving engine on the trainer's GPU makes room for a step. The embedded engine serves on through it, and needs none of this."""
+    """How a serving engine on the trainer's GPU makes room for a step; without one this has no effect.
+
+    `sleep_before` false trains beside it. It is always woken, and never forgets its weights: the other values of upstream are refused.
+    """
 
     sleep_before: bool = True
-    wake_after: bool = True
-    wake_on_failure: bool = True
-    sleep_level: Annotated[int, Field(ge=1, le=2)] = 1
+    wake_after: Annotated[Literal[True], _never_left_asleep] = True
+    wake_on_failure: Annotated[Literal[True], _never_left_asleep] = True
+    sleep_level: Annotated[Literal[1], _weights_kept] = 1
+
+    def to_core(self) -> RoomPlan:
+        return RoomPlan(sleep_before=self.sleep_before)
 
 
 class FeedbackRequest(WireRequest):
@@ -122,7 +141,7 @@ class FeedbackResponse(BaseModel):
     contradicts: list[int]
     feedback_ids: list[str]
     distill_result: DistillResponse
-    vllm: VllmState = VllmState()
+    vllm: VllmState
     feedback_log_path: str
     timing_ms: dict[str, int]
     batch_size: int
@@ -139,6 +158,7 @@ class FeedbackResponse(BaseModel):
             contradicts=result.distill_result.metadata.get("contradicts", []),
             feedback_ids=list(result.feedback_ids),
             distill_result=result.distill_result,
+            vllm=VllmState.model_validate(result.distill_result.metadata.get("room", {})),
             feedback_log_path=result.log_path,
             timing_ms=dict.fromkeys(TIMINGS, 0) | result.timing_ms,
             batch_size=result.batch_size,
