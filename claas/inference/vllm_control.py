@@ -188,7 +188,15 @@ class VllmControl:
         if self._policy == "auto" and enough is not False:  # it fits beside the server, or the device does not tell
             return
         for release in releases:
-            await self._release(room, release)
+            try:
+                await self._release(room, release)
+            except VllmDown:
+                raise
+            except BackendUnavailable as error:
+                if (self.state == "draining" and not room.slept) or release == releases[-1]:
+                    raise
+                log.warning("vLLM could not make room by %s, so it does more: %s", release, error.message)
+                continue
             if await self._settled():
                 await self._become("training")
                 return
@@ -204,13 +212,13 @@ class VllmControl:
             with _timed(room, "drain"):
                 await self._drain()
         with _timed(room, "sleep"):
+            if room.slept:  # the KV cache is gone already, and /sleep wants to find it
+                await self._call("/wake_up")
+            room.slept = True  # from here on it must be woken, even if it says that it failed
             if release == "kv_release":
                 await self._call("/release_kv_cache_memory")
             else:
-                if room.slept:  # the KV cache is gone already, and /sleep wants to find it
-                    await self._call("/wake_up")
                 await self._call("/sleep", level="1", mode="wait")
-            room.slept = True
         await self._become("asleep")
 
     async def _drain(self) -> None:
