@@ -11,7 +11,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Self, get_args
 
@@ -117,7 +117,7 @@ class VllmDouble:
         for listening in server.servers:
             listening.close()
         for connection in list(server.server_state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]
+            connection.transport.abort()
 
     # What a test asks
 
@@ -140,6 +140,7 @@ class VllmDouble:
             ("GET", "/v1/models"): self._models,
             ("POST", CHAT): self._chat,
             ("POST", TEXT): self._text,
+            ("POST", "/tokenize"): self._tokenize,
         }
         if self._runtime_loras:
             routes |= {("POST", ADAPTERS[0]): self._load, ("POST", ADAPTERS[1]): self._unload}
@@ -198,7 +199,7 @@ class VllmDouble:
         assert self._server is not None
         for connection in list(self._server.server_state.connections):
             if connection.client == tuple(http.client or ()):  # type: ignore[union-attr]
-                connection.transport.abort()  # type: ignore[union-attr]
+                connection.transport.abort()
 
     # Routes
 
@@ -217,6 +218,12 @@ class VllmDouble:
             for adapter in engine.adapters.values()
         ]
         return JSONResponse({"object": "list", "data": [base, *adapters]})
+
+    async def _tokenize(self, http: HttpRequest) -> Response:
+        body = http.state.body
+        tokens = self.engine.tokenizer.encode(body["prompt"], add_special_tokens=body.get("add_special_tokens", True))
+        answer = {"count": len(tokens), "max_model_len": self.engine.max_model_len, "tokens": tokens, "token_strs": None}
+        return JSONResponse(answer | {"offset_mapping": None})
 
     async def _metrics(self, http: HttpRequest) -> Response:
         engine = self.engine
@@ -312,7 +319,7 @@ class VllmDouble:
         fault: Fault | None = http.state.fault
         began, sent = False, 0
         try:
-            async for index, steps in _merged(request, self.chunk_tokens):
+            async for index, steps in _merged(request, max(self.chunk_tokens, request.body.get("stream_interval") or 1)):
                 if request.kind == "chat" and not began:
                     for choice in range(len(request.runs)):
                         yield wire.event(head | wire.first_chunk(request, choice))
@@ -337,9 +344,10 @@ class VllmDouble:
 
 
 async def _merged(request: wire.Request, chunk_tokens: int) -> AsyncIterator[tuple[int, list[Step]]]:
-    """Steps of all choices as they come, up to `chunk_tokens` of one choice together."""
+    """Steps of all choices as they come: the first of each alone, then `chunk_tokens` of one choice together, and the rest at its end."""
     getting = {asyncio.ensure_future(run.out.get()): index for index, run in enumerate(request.runs)}
     held: list[list[Step]] = [[] for _ in request.runs]
+    begun: set[int] = set()
     try:
         while getting:
             done, _ = await asyncio.wait(getting, return_when=asyncio.FIRST_COMPLETED)
@@ -348,7 +356,8 @@ async def _merged(request: wire.Request, chunk_tokens: int) -> AsyncIterator[tup
                 held[index].append(step := _step(future.result()))
                 if not step.finish:
                     getting[asyncio.ensure_future(request.runs[index].out.get())] = index
-                if step.finish or len(held[index]) >= chunk_tokens:
+                if step.finish or index not in begun or len(held[index]) >= chunk_tokens:
+                    begun.add(index)
                     yield index, held[index]
                     held[index] = []
     finally:

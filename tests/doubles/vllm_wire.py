@@ -24,7 +24,7 @@ COMMON = _names(
     "model stream stream_options max_tokens temperature top_p top_k min_p seed stop stop_token_ids ignore_eos min_tokens n "
     "frequency_penalty presence_penalty repetition_penalty logit_bias logprobs prompt_logprobs user include_stop_str_in_output "
     "skip_special_tokens spaces_between_special_tokens return_token_ids return_tokens_as_token_ids response_format structured_outputs "
-    "priority request_id cache_salt add_special_tokens allowed_token_ids bad_words echo truncate_prompt_tokens vllm_xargs"
+    "priority request_id cache_salt add_special_tokens allowed_token_ids bad_words echo truncate_prompt_tokens vllm_xargs stream_interval"
 )
 KNOWN: Mapping[Kind, frozenset[str]] = {
     "chat": COMMON

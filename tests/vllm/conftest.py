@@ -1,0 +1,49 @@
+"""A real vLLM for the whole session, and `claas serve` in front of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.integration.process import Service, running
+from tests.vllm.process import RealVllm
+
+ROOT = Path(__file__).resolve().parents[2]
+# Taken out of the environment: the service refuses CLAAS_ variables that are no settings of its.
+PYTHON = Path(os.environ.pop("CLAAS_TEST_VLLM_PYTHON", "") or ROOT / ".venv-vllm" / "bin" / "python")
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    if not PYTHON.is_file():
+        pytest.fail(f"there is no vLLM at {PYTHON.parent.parent.name!r}: `make test-vllm` installs it and runs these tests", pytrace=False)
+    return PYTHON
+
+
+@pytest.fixture(scope="session")
+def vllm(vllm_python: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealVllm]:
+    """Shared by all tests: whoever puts it to sleep wakes it, whoever kills it starts it again."""
+    server = RealVllm(vllm_python, model_dir, tmp_path_factory.mktemp("vllm") / "vllm.log")
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def direct(vllm: RealVllm) -> Iterator[httpx.Client]:
+    """Asks vLLM itself, past the service."""
+    with httpx.Client(base_url=vllm.url, timeout=300.0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def service(vllm: RealVllm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """`claas serve` on a data folder of its own, with vLLM behind it. The state of its one adapter goes on from test to test."""
+    with running(tmp_path_factory.mktemp("service") / "data", VLLM_BASE_URL=vllm.url) as started:
+        yield started
