@@ -27,16 +27,17 @@ GIB = 2**30
 
 
 class Refused(Exception):
-    """An answer in vLLM's shape."""
+    """An answer in vLLM's shape. `breaks` closes the connection behind it, as an error that no route of vLLM expects does."""
 
-    def __init__(self, status: int, kind: str, message: str, param: str | None = None) -> None:
+    def __init__(self, status: int, kind: str, message: str, param: str | None = None, *, breaks: bool = False) -> None:
         super().__init__(message)
-        self.status, self.kind, self.message, self.param = status, kind, message, param
+        self.status, self.kind, self.message, self.param, self.breaks = status, kind, message, param, breaks
 
 
 def failed_call(method: str, why: str, *, worker: bool = False) -> Refused:
+    """The engine's process said no."""
     text = f"Worker failed with error '{why}', please check the stack trace above for the root cause" if worker else why
-    return Refused(500, "InternalServerError", f"Call to {method} method failed: {text}")
+    return Refused(500, "InternalServerError", f"Call to {method} method failed: {text}", breaks=method != "add_lora")
 
 
 @dataclass(frozen=True, slots=True)

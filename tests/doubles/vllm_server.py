@@ -17,6 +17,7 @@ from typing import Any, Self, get_args
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -163,7 +164,7 @@ class VllmDouble:
             try:
                 body = json.loads(raw) if raw else {}
             except ValueError:
-                return _refusal(Refused(400, "Bad Request", "1 validation error:\n  invalid JSON", "body"))
+                return JSONResponse(wire.error_body(Refused(400, "Bad Request", "1 validation error:\n  invalid JSON", "body")), 400)
             path = http.url.path
             self.calls.append(Call(http.method, path, dict(http.query_params), body))
             if self._api_key and path.startswith("/v1") and http.headers.get("authorization") != f"Bearer {self._api_key}":
@@ -173,7 +174,8 @@ class VllmDouble:
             try:
                 return await self._faulty(handler, http)
             except Refused as refused:
-                return _refusal(refused)
+                after = BackgroundTask(self._break_connection, http) if refused.breaks else None
+                return JSONResponse(wire.error_body(refused), refused.status, background=after)
 
         return guarded
 
@@ -192,11 +194,15 @@ class VllmDouble:
                 self._cut()
             case "die_after" | "lost" as end:
                 await handler(http)
-                self._cut() if end == "die_after" else self._break_connection(http)
+                if end == "lost":
+                    await self._break_connection(http)
+                else:
+                    self._cut()
         return await handler(http) if fault is None or fault.do in ("delay", "drop", "error") else Response()
 
-    def _break_connection(self, http: HttpRequest) -> None:
+    async def _break_connection(self, http: HttpRequest) -> None:
         assert self._server is not None
+        await asyncio.sleep(0.01)  # let what was sent leave
         for connection in list(self._server.server_state.connections):
             if connection.client == tuple(http.client or ()):  # type: ignore[union-attr]
                 connection.transport.abort()
@@ -328,8 +334,7 @@ class VllmDouble:
                     yield wire.event(head | chunk)
                     sent += len(steps)
                 if fault and fault.do == "drop" and sent >= fault.tokens:
-                    await asyncio.sleep(0.01)  # let what was sent leave
-                    self._break_connection(http)
+                    await self._break_connection(http)
                     await asyncio.Event().wait()
                 if fault and fault.do == "error" and sent >= fault.tokens:
                     raise Refused(500, "InternalServerError", fault.text)
@@ -380,10 +385,6 @@ async def _left(http: HttpRequest) -> None:
 def _not_valid(where: str, kind: str, message: str, value: str) -> Refused:
     detail = {"type": kind, "loc": where, "msg": message, "input": value}
     return Refused(400, "Bad Request", f"1 validation error:\n  {detail}", where)
-
-
-def _refusal(refused: Refused) -> Response:
-    return JSONResponse(wire.error_body(refused), refused.status)
 
 
 async def _detail(http: HttpRequest, error: Exception) -> Response:
