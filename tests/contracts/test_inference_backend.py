@@ -1,4 +1,5 @@
-"""What every InferenceBackend promises, asked of each: the embedded one over a tiny real model, and the double that other tests use."""
+"""What every InferenceBackend promises, asked of each: the embedded one over a tiny real model, vLLM's over its own
+double, and the double that other tests use."""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ from claas.inference.embedded import EmbeddedInference
 from claas.models.base_model import LoadedModel
 from claas.models.compute import ComputeShare
 from tests.doubles.inference import CharInference
+from tests.doubles.vllm_server import VllmDouble
+from tests.inference.vllm_serving import serving
 from tests.models.tiny import adapter_ref
 
 CONTEXT = 512
@@ -47,7 +50,15 @@ async def double(_: LoadedModel, folder: Path) -> AsyncIterator[Served]:
     yield Served(CharInference(max_context=CONTEXT), adapter)
 
 
-@pytest.fixture(params=[embedded, double], ids=["embedded", "double"])
+@asynccontextmanager
+async def vllm(tiny_model: LoadedModel, folder: Path) -> AsyncIterator[Served]:
+    with VllmDouble(tiny_model.tokenizer, max_model_len=CONTEXT, step_s=0.001) as server:
+        async with serving(server, folder, tiny_model.tokenizer) as backend:
+            yield Served(backend, lambda version: adapter_ref(folder, tiny_model, seed=version, version=version))
+        assert server.violations == []
+
+
+@pytest.fixture(params=[embedded, double, vllm], ids=["embedded", "double", "vllm"])
 async def served(request: pytest.FixtureRequest, tiny_model: LoadedModel, tmp_path: Path) -> AsyncIterator[Served]:
     async with request.param(tiny_model, tmp_path) as made:
         yield made

@@ -1,0 +1,43 @@
+"""The vLLM backend in front of the double."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from claas.core.settings import Settings
+from claas.inference.vllm import VllmInference
+from claas.inference.vllm_control import DeviceMemory
+from tests.doubles.vllm_engine import GIB
+from tests.doubles.vllm_server import VllmDouble
+
+STEP_NEEDS = 10 * GIB
+
+
+def memory_of(double: VllmDouble, needed: int = STEP_NEEDS) -> DeviceMemory:
+    """The device that the double lives on, as a trainer beside it sees it."""
+    return DeviceMemory(lambda: needed, lambda: double.engine.free_bytes)
+
+
+@asynccontextmanager
+async def serving(
+    double: VllmDouble, folder: Path, tokenizer: PreTrainedTokenizerBase, memory: DeviceMemory | None = None, **settings: Any
+) -> AsyncIterator[VllmInference]:
+    """`settings` go over the defaults; adapters are under `folder`."""
+    chosen = Settings(data_dir=folder, lora_root=folder, vllm_base_url=double.url, **settings)
+    backend = VllmInference(chosen, tokenizer, memory or memory_of(double))
+    try:
+        await backend.begin()
+        yield backend
+    finally:
+        await backend.aclose()
+
+
+def in_order(found: Iterable[str], wanted: Iterable[str]) -> bool:
+    """Whether each of `wanted` begins a later one of `found` than the one before."""
+    rest = iter(found)
+    return all(any(call.startswith(one) for call in rest) for one in wanted)
