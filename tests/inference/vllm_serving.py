@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from claas.inference.vllm import VllmInference
 from claas.inference.vllm_control import DeviceMemory
 from tests.doubles.vllm_engine import GIB
 from tests.doubles.vllm_server import VllmDouble
+from tests.inference.gate import until
 
-STEP_NEEDS = 10 * GIB
+STEP_NEEDS = 7 * GIB
 
 
 def memory_of(double: VllmDouble, needed: int = STEP_NEEDS) -> DeviceMemory:
@@ -35,6 +36,19 @@ async def serving(
         yield backend
     finally:
         await backend.aclose()
+
+
+async def serves(backend: VllmInference) -> bool:
+    return (await backend.health()).detail["state"] == "serving"
+
+
+async def when(holds: Callable[[], bool]) -> None:
+    """Until something holds that another thread brings about."""
+
+    async def now() -> bool:
+        return holds()
+
+    await until(now)
 
 
 def in_order(found: Iterable[str], wanted: Iterable[str]) -> bool:
