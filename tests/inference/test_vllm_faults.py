@@ -1,0 +1,162 @@
+"""vLLM fails in each state of an update, in each way: it ends with vLLM awake, the version before still speaking, and nothing aborted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from claas.core.errors import BackendUnavailable
+from claas.core.types import LoraRuntimeRef, RoomPlan
+from claas.inference.vllm import VllmInference
+from claas.models.base_model import LoadedModel
+from tests.doubles.vllm_script import voices
+from tests.doubles.vllm_server import VllmDouble
+from tests.inference.asking import ask
+from tests.inference.vllm_serving import serving
+from tests.models.tiny import adapter_ref
+
+STATES = {
+    "draining": ("/pause", 1),
+    "releasing the KV cache": ("/release_kv_cache_memory", 1),
+    "falling asleep": ("/sleep", 1),
+    "waking the weights": ("/wake_up", 1),
+    "loading the new version": ("/v1/load_lora_adapter", 1),
+    "waking the KV cache": ("/wake_up", 2),
+    "looking whether it is awake": ("/is_sleeping", 1),
+}
+WAYS = ("status", "delay", "lost", "die", "die_after")
+
+
+@asynccontextmanager
+async def kept_alive(double: VllmDouble) -> AsyncIterator[None]:
+    """Starts it anew a moment after it died, as an operator's supervisor does."""
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            if not double.alive:
+                await asyncio.to_thread(double.restart)
+
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def update(backend: VllmInference, new: LoraRuntimeRef) -> bool:
+    """One step that makes `new`; False if there was no room for it."""
+    try:
+        async with backend.paused(RoomPlan()) as room:
+            room.next = new
+    except BackendUnavailable:
+        return False
+    return True
+
+
+async def speaks(backend: VllmInference, ref: LoraRuntimeRef, within_s: float = 15.0) -> str:
+    """What a version says, as soon as it is served again."""
+    async with asyncio.timeout(within_s):
+        while True:
+            with suppress(BackendUnavailable):
+                return (await backend.complete(ask(adapter=ref, max_tokens=90))).text
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("at", STATES)
+async def test_a_fault_in_an_update(at: str, way: str, tiny_model: LoadedModel, tmp_path: Path) -> None:
+    path, nth = STATES[at]
+    policy = "kv_release" if path.startswith("/release") else "sleep"
+    old, new = (adapter_ref(tmp_path, tiny_model, seed=n, version=n) for n in (1, 2))
+    with VllmDouble(tiny_model.tokenizer) as double:
+        async with serving(double, tmp_path, tiny_model.tokenizer, vllm_release=policy) as backend, kept_alive(double):
+            before = await speaks(backend, old)
+            double.fail(path, way, nth=nth, seconds=0.3)
+            await update(backend, new)
+            assert await speaks(backend, old) == before
+            assert not double.engine.is_sleeping and double.engine.gauge == "awake"
+            assert (await backend.health()).status == "healthy"
+            assert await update(backend, new), "the next one works"
+            assert voices(await speaks(backend, new)) != voices(before)
+            assert await speaks(backend, old) == before
+    assert double.violations == []
+
+
+@pytest.mark.parametrize("way", ["drop", "error", "die"])
+async def test_a_fault_while_it_serves(way: str, tiny_model: LoadedModel, tmp_path: Path) -> None:
+    ref = adapter_ref(tmp_path, tiny_model, seed=1)
+    with VllmDouble(tiny_model.tokenizer, step_s=0.002) as double:
+        async with serving(double, tmp_path, tiny_model.tokenizer) as backend, kept_alive(double):
+            before = await speaks(backend, ref)
+            double.fail("/v1/chat/completions", way, nth=2, tokens=5)
+            replies = await asyncio.gather(
+                *(backend.complete(ask(f"Question {n}", ref, max_tokens=60)) for n in range(4)), return_exceptions=True
+            )
+            assert all(isinstance(reply, BackendUnavailable) or reply.finish_reason in ("stop", "length") for reply in replies)  # type: ignore[union-attr]
+            assert await speaks(backend, ref) == before
+    assert double.violations == []
+
+
+async def test_vllm_is_killed_while_the_step_runs(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    old, new = (adapter_ref(tmp_path, tiny_model, seed=n, version=n) for n in (1, 2))
+    with VllmDouble(tiny_model.tokenizer) as double:
+        async with serving(double, tmp_path, tiny_model.tokenizer, vllm_release="sleep") as backend:
+            before = await speaks(backend, old)
+            async with backend.paused(RoomPlan()) as room:
+                await asyncio.to_thread(double.restart)
+                room.next = new
+            assert await speaks(backend, old) == before
+            assert voices(await speaks(backend, new)) != voices(before)
+
+
+async def test_a_vllm_that_stays_away_is_told_and_found_again(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    """Longer than the tries of waking: the service says so to whoever asks, at once, and serves again when vLLM is back."""
+    ref = adapter_ref(tmp_path, tiny_model, seed=1)
+    with VllmDouble(tiny_model.tokenizer) as double:
+        async with serving(double, tmp_path, tiny_model.tokenizer, vllm_release="sleep") as backend:
+            before = await speaks(backend, ref)
+            async with backend.paused(RoomPlan()):
+                await asyncio.to_thread(double.kill)
+            assert (await backend.health()).status == "unhealthy"
+            with pytest.raises(BackendUnavailable, match="try again soon"):
+                await asyncio.wait_for(backend.complete(ask(adapter=ref)), 1.0)
+            with pytest.raises(BackendUnavailable):
+                await asyncio.wait_for(update_or_raise(backend), 1.0)
+            await asyncio.to_thread(double.start)
+            assert await speaks(backend, ref) == before
+
+
+async def update_or_raise(backend: VllmInference) -> None:
+    async with backend.paused(RoomPlan()):
+        pytest.fail("there is no vLLM")
+
+
+async def test_a_version_that_vllm_refuses_does_not_keep_it_asleep(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    old, large = adapter_ref(tmp_path, tiny_model, seed=1), adapter_ref(tmp_path, tiny_model, seed=2, version=2, rank=64)
+    with VllmDouble(tiny_model.tokenizer) as double:
+        async with serving(double, tmp_path, tiny_model.tokenizer, vllm_release="sleep") as backend:
+            before = await speaks(backend, old)
+            assert await update(backend, large)
+            assert await speaks(backend, old) == before
+            with pytest.raises(BackendUnavailable, match="max_lora_rank"):
+                await backend.activate(large)
+
+
+async def test_a_slow_vllm_is_waited_for(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    new = adapter_ref(tmp_path, tiny_model, seed=1)
+    with VllmDouble(tiny_model.tokenizer) as double:
+        async with serving(double, tmp_path, tiny_model.tokenizer, vllm_release="sleep") as backend:
+            for path in ("/pause", "/sleep", "/wake_up", "/v1/load_lora_adapter"):
+                double.fail(path, "delay", seconds=0.3, times=None)
+            async with backend.paused(RoomPlan()) as room:
+                room.next = new
+            assert room.woke
+            assert room.seconds["sleep"] >= 0.3 and room.seconds["wake"] >= 0.6
+            assert (await backend.complete(ask(adapter=new))).tokens
+    assert double.violations == []
