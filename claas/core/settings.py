@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -56,6 +57,18 @@ class Settings(BaseSettings):
     max_queue: int = Field(256, ge=1, description="Requests that may wait for a slot; more are answered 429.")
     max_context: int | None = Field(None, ge=64, description="Prompt and reply tokens of one request. Unset: what the model was built for.")
 
+    # vLLM, in place of the embedded model
+    vllm_base_url: str | None = Field(
+        None, validation_alias="VLLM_BASE_URL", description="A vLLM that serves the base model; docs/hybrid.md has its flags. Unset: embedded."
+    )
+    vllm_api_key: SecretStr | None = Field(None, validation_alias="VLLM_API_KEY", description="Key that vLLM asks for, if it does.")
+    vllm_lora_root: Path | None = Field(None, description="The adapters' folder as vLLM sees it. Unset: the same path as here.")
+    vllm_max_adapters: int = Field(32, ge=2, description="Adapter versions that vLLM knows at once; others are loaded when asked for.")
+    vllm_release: Literal["auto", "none", "kv_release", "sleep"] = Field(
+        "auto", description="How vLLM makes room for a step; auto takes the least that the measured free memory allows."
+    )
+    vllm_gate_timeout_s: float = Field(60.0, gt=0, description="How long a request waits through an update before it is answered 503.")
+
     # Storage
     data_dir: Path = Field(Path(platformdirs.user_data_dir("claas")), description="Database, adapters and logs. One service at a time.")
     cache_dir: Path = Field(Path(platformdirs.user_cache_dir("claas")), description="The converted default model. Shared between services.")
@@ -72,6 +85,12 @@ class Settings(BaseSettings):
     feedback_lock_timeout_s: float = Field(
         120.0, gt=0, validation_alias="FEEDBACK_LOCK_TIMEOUT_S", description="How long feedback waits for its adapter before 409."
     )
+    feedback_drain_timeout_s: float = Field(
+        120.0, gt=0, validation_alias="FEEDBACK_DRAIN_TIMEOUT_S", description="How long an update waits for running replies to end."
+    )
+    feedback_wake_on_failure: Literal[True] = Field(
+        True, validation_alias="FEEDBACK_WAKE_ON_FAILURE", description="Always true: vLLM is woken whatever becomes of a step."
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -85,6 +104,15 @@ class Settings(BaseSettings):
         file = os.environ.get(CONFIG_VARIABLE)
         toml = (TomlConfigSettingsSource(settings_cls, toml_file=Path(file)),) if file else ()
         return (init_settings, env_settings, *toml)
+
+    @field_validator("vllm_base_url")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not re.fullmatch(r"https?://[^/?#]+(/[^?#]*)?", value):
+            raise ValueError(f"{value!r} is no URL such as http://127.0.0.1:8000")
+        return value.rstrip("/").removesuffix("/v1")
 
     @field_validator("default_adapter")
     @classmethod
