@@ -7,12 +7,14 @@ import logging
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from claas.core.errors import ConfigurationError
+from claas.core.errors import BackendUnavailable, ConfigurationError
 from claas.core.settings import Settings
 from claas.core.types import LoraInitRequest
+from claas.inference.base import InferenceBackend
 from claas.learning.feedback_store import FeedbackStore
 from claas.learning.journal import Journal
 from claas.learning.learner import Learner
@@ -26,6 +28,10 @@ from claas.learning.updater import Updater
 from claas.rollouts.sql import SqlRolloutStore
 from claas.services import Services
 from claas.storage.database import Database
+
+if TYPE_CHECKING:
+    from claas.models.base_model import LoadedModel
+    from claas.models.compute import ComputeShare
 
 LOCK_FILE = "claas.lock"
 
@@ -46,7 +52,6 @@ async def open_services(settings: Settings, *, progress: bool = False) -> AsyncI
     # Heavy imports stay in here, so that the error can name what to install.
     try:
         from claas.adapters.filesystem import FilesystemAdapterStore
-        from claas.inference.embedded import EmbeddedInference
         from claas.models.compute import ComputeShare
         from claas.models.load import load_base_model
         from claas.training.engine.local import LocalEngine
@@ -64,15 +69,8 @@ async def open_services(settings: Settings, *, progress: bool = False) -> AsyncI
             log.warning("%s", line)
 
         share = ComputeShare(os.cpu_count() or 1)
-        inference = EmbeddedInference(
-            base,
-            share,
-            max_batch=settings.max_batch,
-            max_queue=settings.max_queue,
-            max_context=settings.max_context,
-            default_max_tokens=settings.default_max_tokens,
-        )
         engine = LocalEngine(store, base, share, settings.allowed_init_base_models)
+        inference = await _inference(settings, base, share)
         rollouts = SqlRolloutStore(database, max_count=settings.completion_cache_size, max_age_days=settings.rollout_max_age_days)
         feedback = FeedbackStore(database)
         journal = Journal(database, settings.log_dir)
@@ -92,6 +90,27 @@ async def open_services(settings: Settings, *, progress: bool = False) -> AsyncI
         yield services
 
 
+async def _inference(settings: Settings, base: LoadedModel, share: ComputeShare) -> InferenceBackend:
+    """vLLM, if one is named; else the base model in this process."""
+    if settings.vllm_base_url is not None:
+        from claas.inference.vllm import VllmInference
+        from claas.inference.vllm_control import DeviceMemory
+
+        vllm = VllmInference(settings, base.tokenizer, DeviceMemory(lambda: 0, lambda: None))
+        await vllm.begin()
+        return vllm
+    from claas.inference.embedded import EmbeddedInference
+
+    return EmbeddedInference(
+        base,
+        share,
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        max_context=settings.max_context,
+        default_max_tokens=settings.default_max_tokens,
+    )
+
+
 async def _begin(services: Services) -> None:
     """Settle what a crash left open; have one adapter ready to learn."""
     for line in await recover(services.engine, services.feedback, services.journal):
@@ -100,7 +119,10 @@ async def _begin(services: Services) -> None:
     adapter = services.settings.default_adapter
     if not (await services.engine.lora_exists(adapter)).exists:
         await services.lifecycle.init(LoraInitRequest(lora_id=adapter))
-    await services.inference.activate(await services.engine.lora_runtime_ref(adapter))
+    try:
+        await services.inference.activate(await services.engine.lora_runtime_ref(adapter))
+    except BackendUnavailable as error:  # a server of its own may come later; until then requests are told so
+        log.warning("%s", error.message)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ class Settings(BaseSettings):
     vllm_base_url: str | None = Field(
         None,
         validation_alias="VLLM_BASE_URL",
-        description="A vLLM that serves the base model; docs/hybrid.md has its flags. Unset: embedded.",
+        description="A vLLM that serves the base model, see docs/hybrid.md. Unset: embedded.",
     )
     vllm_api_key: SecretStr | None = Field(None, validation_alias="VLLM_API_KEY", description="Key that vLLM asks for, if it does.")
     vllm_lora_root: Path | None = Field(None, description="The adapters' folder as vLLM sees it. Unset: the same path as here.")

@@ -111,9 +111,14 @@ class Updater:
         if step.metadata["outcome"] != "applied":
             return step
         candidate = await self._engine.lora_runtime_ref(step.lora_id, step.metadata["version"])
-        await self._inference.activate(candidate)
-        reason = await find_collapse(self._inference, candidate, parent, asked, min_logprob)
-        if reason is None:
+        fit = False
+        try:
+            await self._inference.activate(candidate)
+            reason = await find_collapse(self._inference, candidate, parent, asked, min_logprob)
+            fit = reason is None
+        finally:
+            if not fit:
+                await self._engine.discard(candidate.lora_id, candidate.version)
+        if fit:
             return step
-        await self._engine.discard(candidate.lora_id, candidate.version)
         return step.model_copy(update={"metadata": step.metadata | {"outcome": "undone", "reason": reason, "version": None}})

@@ -1,0 +1,155 @@
+"""Asks a vLLM over HTTP: JSON in and out, server-sent events, and its errors as ours. It knows no route and no adapter.
+
+A request that never reached vLLM, or got no byte of an answer, is sent again: sampling leaves nothing behind that a second try could
+double. What has begun to answer is never repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+
+from claas.core.errors import BackendUnavailable, ClaasError, ContextOverflow, NotFound, Overloaded, UpstreamRefused
+
+CONNECT_TIMEOUT_S = 5.0
+KEEPALIVE_S = 3.0  # shorter than the server's own, so that it never closes a connection that is about to be used
+RETRY_AFTER_S = 5
+TRIES_S = (0.1, 0.4)
+
+log = logging.getLogger(__name__)
+
+
+class VllmDown(BackendUnavailable):
+    """No answer at all: not running, still starting, or gone in the middle of one."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retry_after_s=RETRY_AFTER_S)
+
+
+class UnknownToVllm(NotFound):
+    """vLLM knows no such model or route."""
+
+
+class VllmHttp:
+    """One vLLM. Make it on the event loop that will use it."""
+
+    def __init__(self, base_url: str, api_key: str | None) -> None:
+        self._client = httpx.AsyncClient(
+            base_url=base_url,
+            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=KEEPALIVE_S),
+            trust_env=False,  # a proxy of the environment must not see prompts
+        )
+
+    async def ask(
+        self, method: str, path: str, body: object = None, params: Mapping[str, str] | None = None, timeout_s: float | None = 30.0
+    ) -> Any:
+        """The answer's JSON; its text if it is none. `timeout_s` None waits as long as it takes.
+
+        Raises:
+            VllmDown: no answer in time.
+            NotFound, ContextOverflow, UpstreamRefused, Overloaded, BackendUnavailable: what vLLM answered instead.
+        """
+        request = self._client.build_request(method, path, json=body, params=params)
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await self._send(request)
+                try:
+                    content = await response.aread()
+                finally:
+                    await response.aclose()
+        except TimeoutError:
+            raise VllmDown(f"vLLM did not answer {path!r} within {timeout_s:g} s") from None
+        except httpx.TransportError as error:
+            raise _broke_off(error) from error
+        try:
+            return json.loads(content)
+        except ValueError:
+            return content.decode(errors="replace")
+
+    @asynccontextmanager
+    async def events(self, path: str, body: object) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The data of each server-sent event, as it comes. Leaving the context ends the request there. Raises like `ask`."""
+        response = await self._send(self._client.build_request("POST", path, json=body))
+        try:
+            yield _data_of_events(response)
+        finally:
+            await response.aclose()
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        """The response, its body not read yet, if it is a success."""
+        for wait_s in (*TRIES_S, None):
+            try:
+                response = await self._client.send(request, stream=True)
+                break
+            except httpx.TransportError as error:
+                if wait_s is None:
+                    raise VllmDown("vLLM does not answer: it is starting, stopped, or somewhere else than VLLM_BASE_URL says") from error
+                await asyncio.sleep(wait_s)
+        if response.status_code < 400:
+            return response
+        try:
+            content = await response.aread()
+        except httpx.TransportError as error:
+            raise _broke_off(error) from error
+        finally:
+            await response.aclose()
+        raise error_of(response.status_code, content)
+
+
+async def _data_of_events(response: httpx.Response) -> AsyncIterator[bytes]:
+    rest = b""
+    try:
+        async for piece in response.aiter_raw():
+            *events, rest = (rest + piece).split(b"\n\n")
+            for event in events:
+                if event.startswith(b"data: "):
+                    yield event[6:]
+    except (httpx.TransportError, httpx.StreamError) as error:
+        raise _broke_off(error) from error
+
+
+def _broke_off(error: Exception) -> VllmDown:
+    return VllmDown(f"vLLM broke off in the middle of an answer ({type(error).__name__}): send the request again")
+
+
+def error_of(status: int, content: bytes) -> ClaasError:
+    """An answer that is no success, as an error of ours: 4xx keep their status and text, and nothing that looks like a path goes out."""
+    message, param = _said(content)
+    if status >= 500:
+        log.warning("vLLM answered %d: %s", status, message)
+    message = re.sub(r"(?<![\w/])/[\w.~-]+(/[\w.~-]+)+", "…", message)[:1000]
+    if status == 404:
+        return UnknownToVllm(f"vLLM: {message}", param=param)
+    if status in (401, 403):
+        return BackendUnavailable("vLLM refuses the key of this service: set VLLM_API_KEY to the one that it was started with")
+    if status == 429:
+        return Overloaded(f"vLLM: {message}", retry_after_s=RETRY_AFTER_S)
+    if status < 500 and re.search(r"max_model_len|context length", message):
+        return ContextOverflow(message)
+    if status < 500:
+        return UpstreamRefused(message, status=status, param=param)
+    return BackendUnavailable(f"vLLM failed with status {status}: {message}", retry_after_s=RETRY_AFTER_S)
+
+
+def _said(content: bytes) -> tuple[str, str | None]:
+    """Message and field of an error body, whatever its shape."""
+    try:
+        body = json.loads(content)
+        error = body.get("error", body) if isinstance(body, dict) else body
+        if isinstance(error, dict):
+            return str(error.get("message") or error.get("detail") or error), error.get("param")
+        return str(error), None
+    except ValueError:
+        return content.decode(errors="replace"), None
