@@ -39,25 +39,14 @@ def _ask(vllm: httpx.Client, settings: Settings, url: str) -> Iterator[Finding]:
     if vllm.get("/v1/models").status_code == 401:
         yield Finding("vllm key", "fail", "vLLM refuses the key: set VLLM_API_KEY to the one that it was started with")
         return
-    yield check_served(_json(vllm, "/v1/models")["data"], served_name(settings))
+    yield check_served(_json(vllm, "/v1/models")["data"], settings)
     paths = set(_json(vllm, "/openapi.json")["paths"])
     yield check_paths("vllm adapters", LOADING - paths, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", "loads adapters while it runs")
-    control = check_paths("vllm control", CONTROL - paths, "VLLM_SERVER_DEV_MODE=1", "can be put to sleep; keep its address private")
-    yield control
-    if control.status == "ok":
+    yield check_control(settings, CONTROL - paths)
+    if paths >= CONTROL:
         yield from check_config(settings, _json(vllm, "/server_info?config_format=json"))
         yield check_awake(_json(vllm, "/is_sleeping")["is_sleeping"])
     yield check_adapters_folder(settings, url)
-
-
-def served_name(settings: Settings) -> str:
-    """What CLaaS calls the base model: the hub id, the folder's name, or the default's name."""
-    from claas.models.default_model import DEFAULT_MODEL_ID
-
-    source = settings.base_model_id
-    if source is None:
-        return DEFAULT_MODEL_ID
-    return Path(source).resolve().name if Path(source).is_dir() else source
 
 
 def check_version(version: str, url: str) -> Finding:
@@ -69,23 +58,30 @@ def check_version(version: str, url: str) -> Finding:
     return Finding("vllm", "ok", f"{version} at {url}")
 
 
-def check_served(cards: Sequence[Mapping[str, Any]], wanted: str) -> Finding:
-    """Whether the base model is among `cards`, vLLM's list of models, under the name that requests will use."""
-    served = [card["id"] for card in cards if card.get("parent") is None]
-    if wanted in served:
-        return Finding("vllm model", "ok", f"serves {wanted}")
-    return Finding(
-        "vllm model",
-        "fail",
-        f"serves {', '.join(served) or 'nothing'}, not {wanted!r}: start it with that model and --served-model-name {wanted}, "
-        "or set CLAAS_BASE_MODEL_ID to the model that it serves",
-    )
+def check_served(cards: Sequence[Mapping[str, Any]], settings: Settings) -> Finding:
+    """Whether the base model is in `cards`, vLLM's list of models, under whatever name. The service compares how both read text."""
+    from claas.models.default_model import DEFAULT_MODEL_ID, SMOLLM2
+
+    wanted = settings.base_model_id or DEFAULT_MODEL_ID
+    folder = Path(settings.base_model_id or settings.cache_dir / SMOLLM2.folder).resolve()
+    for card in cards:
+        if card["parent"] is None and (wanted in (card["id"], card["root"]) or Path(card["root"]).resolve() == folder):
+            return Finding("vllm model", "ok", f"serves {wanted} as {card['id']!r}")
+    served = ", ".join(repr(card["id"]) for card in cards if card["parent"] is None)
+    told = f"serves {served}: unless that is {wanted} by another name, start it with that model, or name its own in CLAAS_BASE_MODEL_ID"
+    return Finding("vllm model", "warn", told)
 
 
 def check_paths(part: str, missing: set[str], variable: str, otherwise: str) -> Finding:
     if missing:
         return Finding(part, "fail", f"{', '.join(sorted(missing))} missing: start it with {variable} in its environment")
     return Finding(part, "ok", otherwise)
+
+
+def check_control(settings: Settings, missing: set[str]) -> Finding:
+    if missing and settings.vllm_release == "none":
+        return Finding("vllm control", "ok", "has no control endpoints, and 'none' does without")
+    return check_paths("vllm control", missing, "VLLM_SERVER_DEV_MODE=1", "can make room for a step; keep its address private")
 
 
 def check_config(settings: Settings, info: Mapping[str, Any]) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,10 @@ def command() -> list[str]:
     return found
 
 
-@pytest.fixture
-def project(command: list[str], tmp_path: Path) -> Project:
+@pytest.fixture(scope="module")
+def project(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The file with the example's settings and a key."""
-    result = config(command, tmp_path, example() | {"CLAAS_API_KEYS": KEYS})
+    result = config(command, tmp_path_factory.mktemp("compose"), example() | {"CLAAS_API_KEYS": KEYS})
     assert result.returncode == 0, result.stderr
     return parse(result.stdout)
 
@@ -137,7 +138,7 @@ def test_vllm_is_started_with_every_flag_that_claas_needs(project: Project) -> N
     said = subprocess.run(["sh", script, "--dry-run", *vllm.command], capture_output=True, text=True, timeout=60, check=True).stdout
     words = said.split()
     assert {"VLLM_SERVER_DEV_MODE=1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", "--enable-lora", "--enable-sleep-mode"} <= set(words)
-    flags = dict(zip(words, words[1:], strict=False))
+    flags = dict(pairwise(words))
     assert (flags["serve"], flags["--served-model-name"], flags["--host"]) == ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B", "0.0.0.0")
     assert (flags["--max-loras"], flags["--max-lora-rank"], flags["--max-model-len"]) == ("4", "32", "16384")
     assert (flags["--gpu-memory-utilization"], flags["--tool-call-parser"]) == ("0.88", "hermes")
