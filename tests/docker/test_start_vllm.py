@@ -119,7 +119,7 @@ def test_vllm_knows_every_flag(device: str, tmp_path: Path) -> None:
     )
     given = words[words.index("--served-model-name") :] + (["--enable-sleep-mode"] if device == "--cuda" else ["--enforce-eager"])
     code = (
-        "import json, sys; from vllm.entrypoints.openai.cli_args import make_arg_parser;"
+        "import json, sys; from vllm.entrypoints.launchers.cli_args import make_arg_parser;"
         "from vllm.utils.argparse_utils import FlexibleArgumentParser as Parser;"
         "args = make_arg_parser(Parser()).parse_args(sys.argv[1:]);"
         "print(json.dumps([args.enable_lora, args.max_loras, args.max_lora_rank, args.max_logprobs, args.host, args.enable_sleep_mode]))"
