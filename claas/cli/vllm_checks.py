@@ -97,11 +97,14 @@ def check_config(settings: Settings, info: Mapping[str, Any]) -> Iterator[Findin
 def check_lora(config: Mapping[str, Any] | None) -> Finding:
     """`config` is vLLM's own, None if it was started without adapters."""
     if config is None:
-        return Finding("vllm lora", "fail", "adapters are off: start it with --enable-lora --max-loras 4 --max-lora-rank 32")
-    rank, loras = config["max_lora_rank"], config["max_loras"]
+        return Finding("vllm lora", "fail", f"adapters are off: start it with --enable-lora; {HOW}")
+    rank, loras, layers = config["max_lora_rank"], config["max_loras"], config["target_modules"]
+    if layers is None or "lm_head" in layers:
+        told = "lm_head may carry an adapter, on which scoring can end vLLM: start it with --lora-target-modules and no lm_head in it"
+        return Finding("vllm lora", "warn", f"{told}; {HOW}")
     if loras < 2:
         return Finding("vllm lora", "warn", f"{loras} adapter at a time: start it with --max-loras 2 or more, for two versions in turn")
-    return Finding("vllm lora", "ok", f"{loras} adapters in a batch, rank {rank} at most: a larger one needs --max-lora-rank")
+    return Finding("vllm lora", "ok", f"{loras} adapters in a batch, rank {rank} at most, on {', '.join(layers)} and no other layers")
 
 
 def check_sleep_mode(settings: Settings, config: Mapping[str, Any]) -> Finding:

@@ -17,7 +17,7 @@ from claas.cli.vllm_checks import check_adapters_folder, check_vllm
 from claas.core.settings import Settings
 from claas.models.default_model import MANIFEST, SMOLLM2
 from tests.cli.conftest import KEY, Live, claas
-from tests.cli.vllm_says import CONTROL, PATHS, answers, saying
+from tests.cli.vllm_says import CONTROL, LORA, PATHS, answers, saying
 
 
 def examined(*options: str, **environment: str) -> dict[str, dict[str, str]]:
@@ -136,7 +136,9 @@ def test_a_vllm_in_which_all_is_well() -> None:
         ({"paths": CONTROL}, "vllm adapters", "fail", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
         ({"paths": PATHS}, "vllm control", "fail", "VLLM_SERVER_DEV_MODE=1"),
         ({"lora": None}, "vllm lora", "fail", "--enable-lora"),
-        ({"lora": {"max_lora_rank": 8, "max_loras": 1}}, "vllm lora", "warn", "--max-loras 2"),
+        ({"lora": LORA | {"max_loras": 1}}, "vllm lora", "warn", "--max-loras 2"),
+        ({"lora": LORA | {"target_modules": None}}, "vllm lora", "warn", "--lora-target-modules"),
+        ({"lora": LORA | {"target_modules": ["q_proj", "lm_head"]}}, "vllm lora", "warn", "--lora-target-modules"),
         ({"lora": {}}, "vllm flags", "warn", "scripts/start-vllm"),
         ({"sleep_mode": False}, "vllm sleep", "fail", "--enable-sleep-mode"),
         ({"sleep_mode": False, "device": "cpu"}, "vllm sleep", "ok", "CPU"),
@@ -155,8 +157,8 @@ def test_what_a_policy_does_without_is_no_fault() -> None:
     assert vllm(answers(sleep_mode=False), vllm_release="kv_release")["vllm sleep"][0] == "ok"
 
 
-def test_the_rank_that_vllm_takes_is_told() -> None:
-    assert "rank 32 at most" in vllm(answers())["vllm lora"][1]
+def test_the_limits_of_adapters_are_told() -> None:
+    assert vllm(answers())["vllm lora"][1] == "4 adapters in a batch, rank 32 at most, on q_proj, v_proj and no other layers"
 
 
 def test_a_model_may_have_another_name_there(tmp_path: Path) -> None:

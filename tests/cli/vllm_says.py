@@ -12,11 +12,12 @@ from urllib.parse import urlsplit
 
 PATHS = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/chat/completions"]
 CONTROL = ["/pause", "/resume", "/sleep", "/wake_up", "/is_sleeping", "/release_kv_cache_memory"]
+LORA = {"max_lora_rank": 32, "max_loras": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
 def answers(model: str = "tiny", **changes: Any) -> dict[str, Any]:
     """Path → JSON of a vLLM on a GPU in which all is well, but for `changes`."""
-    said = {"version": "0.32.0", "paths": [*PATHS, *CONTROL], "lora": {"max_lora_rank": 32, "max_loras": 4}, "sleep_mode": True} | changes
+    said = {"version": "0.32.0", "paths": [*PATHS, *CONTROL], "lora": LORA, "sleep_mode": True} | changes
     return {
         "/version": {"version": said["version"]},
         "/v1/models": {

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from claas.adapters.initialise import DEFAULT_TARGETS
 from tests.docker.compose import ROOT
+from tests.docs.markdown import rows, sections
 
 SCRIPT = ROOT / "scripts" / "start-vllm"
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -42,6 +44,13 @@ def test_on_a_gpu() -> None:
     assert NEEDED | {"--enable-sleep-mode"} <= set(words)
     assert words[words.index("vllm") : words.index("vllm") + 3] == ["vllm", "serve", "Qwen/Qwen3-8B"]
     assert flags("--cuda", "--model", "Qwen/Qwen3-8B")["--served-model-name"] == "Qwen/Qwen3-8B"
+
+
+def test_the_layers_that_it_adapts_are_those_that_are_trained() -> None:
+    words = command("--model", "a/b")
+    first = words.index("--lora-target-modules") + 1
+    assert tuple(words[first : first + len(DEFAULT_TARGETS)]) == DEFAULT_TARGETS
+    assert words[first + len(DEFAULT_TARGETS)].startswith("--")
 
 
 def test_on_a_cpu() -> None:
@@ -108,6 +117,13 @@ def test_without_a_vllm_it_says_where_to_get_one(tmp_path: Path) -> None:
         assert (done.returncode, told in done.stderr) == (2, True)
     done = subprocess.run(there[:2], capture_output=True, text=True, timeout=60, check=False, env={"PATH": tools})
     assert (done.returncode, "make setup" in done.stderr) == (2, True)
+
+
+def test_the_page_explains_every_flag_and_no_other() -> None:
+    told = [flag for row in rows(sections(ROOT / "docs" / "hybrid.md")["The flags of vLLM"]) for flag in re.findall(r"`([^`]+)`", row[0])]
+    given = ["--model", "a/b", "--max-model-len", "1", "--", "--gpu-memory-utilization", "0.9"]
+    words = {word for device in ("--cuda", "--cpu") for word in command(device, *given)} - {"--", "--model"}
+    assert set(told) == {word for word in words if re.match("--|VLLM_", word)}
 
 
 @pytest.mark.vllm
