@@ -17,7 +17,7 @@ LORA = {"max_lora_rank": 32, "max_loras": 4, "target_modules": ["q_proj", "v_pro
 
 def answers(model: str = "tiny", **changes: Any) -> dict[str, Any]:
     """Path → JSON of a vLLM on a GPU in which all is well, but for `changes`."""
-    said = {"version": "0.32.0", "paths": [*PATHS, *CONTROL], "lora": LORA, "sleep_mode": True} | changes
+    said: dict[str, Any] = {"version": "0.32.0", "paths": [*PATHS, *CONTROL], "lora": LORA, "sleep_mode": True} | changes
     return {
         "/version": {"version": said["version"]},
         "/v1/models": {

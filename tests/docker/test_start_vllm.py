@@ -127,6 +127,7 @@ def test_the_page_explains_every_flag_and_no_other() -> None:
 
 
 @pytest.mark.vllm
+@pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="no vLLM in .venv-vllm: make test-vllm installs it")
 @pytest.mark.parametrize("device", ["--cpu", "--cuda"])
 def test_vllm_knows_every_flag(device: str, tmp_path: Path) -> None:
     """vLLM's own parser reads them: a flag that it does not know, or a value that it refuses, ends it."""
