@@ -5,7 +5,8 @@
     ClaasError
     ├── ConfigurationError        a setting is missing or wrong (raised before anything is served)
     ├── BadRequest                the caller's input is malformed or unsupported; `param` names the field
-    │   └── ContextOverflow       the prompt does not fit the model's context
+    │   ├── ContextOverflow       the prompt does not fit the model's context
+    │   └── UpstreamRefused       a serving engine refused the request; `status` is its own
     ├── AuthenticationFailed      no key, or a wrong one
     ├── NotFound                  an unknown model, adapter, version, completion or feedback id
     ├── Conflict                  the name is taken, or the adapter is busy
@@ -48,6 +49,14 @@ class ContextOverflow(BadRequest):
         super().__init__(message, param=param, code="context_length_exceeded")
 
 
+class UpstreamRefused(BadRequest):
+    """A serving engine refused the request with a status of 4xx, and said why."""
+
+    def __init__(self, message: str, *, status: int, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.status = status
+
+
 class AuthenticationFailed(ClaasError):
     """No bearer key, or a wrong one."""
 
@@ -81,7 +90,11 @@ class Overloaded(ClaasError):
 
 
 class BackendUnavailable(ClaasError):
-    """A backend is down, or the service is closing."""
+    """A backend is down or busy with an update, or the service is closing."""
+
+    def __init__(self, message: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class StorageFull(ClaasError):
