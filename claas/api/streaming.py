@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
+from contextlib import aclosing
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -50,8 +51,11 @@ class Answer(Response):
     What is raised before a byte was sent is the app's to answer; after that it is the stream's last event.
     """
 
+    media_type = "text/event-stream"
+
     def __init__(self, services: Services, ask: Ask, wording: Format, *, stream: bool) -> None:
-        super().__init__(media_type="text/event-stream" if stream else "application/json")
+        self.status_code = 200
+        self.background = None
         self._services = services
         self._ask = ask
         self._wording = wording
@@ -66,32 +70,35 @@ class Answer(Response):
                     await unless_left(receive, self._send_events(replies, headers, send))
                     return
                 if await unless_left(receive, replies.drain()):
-                    response = Response(self._wording.whole(replies).model_dump_json(), media_type=self.media_type, headers=headers)
+                    response = Response(self._wording.whole(replies).model_dump_json(), media_type="application/json", headers=headers)
         await response(scope, receive, send)
 
-    async def _send_events(self, replies: Replies, headers: dict[str, str], send: Send) -> None:
+    async def _send_events(self, replies: Replies, headers: Mapping[str, str], send: Send) -> None:
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            try:
-                await _send_each(send, self._wording.opening())
-                async for sampled in replies:
-                    await _send_each(send, (event for index, chunk in sampled for event in self._wording.pieces(index, chunk)))
-                await _send_each(send, (*self._wording.closing(replies), b"[DONE]"))
-            except ClaasError as error:
-                await _send_each(send, [body_of(error).model_dump_json().encode()])
-            except OSError:
-                raise
-            except Exception:
-                log.exception("%s broke while it was streamed", self._ask.id)
-                await _send_each(send, [unforeseen(self._ask.id).model_dump_json().encode()])
+            async with aclosing(self._body(replies)) as body:
+                async for piece in body:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except OSError:
             return  # how some servers say that the client left
 
+    async def _body(self, replies: Replies) -> AsyncGenerator[bytes]:
+        """Events that are there at once go out at once, in one piece."""
+        try:
+            if opening := _framed(self._wording.opening()):
+                yield opening
+            async for sampled in replies:
+                if piece := _framed(event for index, chunk in sampled for event in self._wording.pieces(index, chunk)):
+                    yield piece
+            yield _framed([*self._wording.closing(replies), b"[DONE]"])
+        except ClaasError as error:
+            yield _framed([body_of(error).model_dump_json().encode()])
+        except Exception:
+            log.exception("%s broke while it was streamed", self._ask.id)
+            yield _framed([unforeseen(self._ask.id).model_dump_json().encode()])
 
-async def _send_each(send: Send, events: Iterable[bytes]) -> None:
-    """Events that are there at once go out at once, in one piece."""
-    body = b"".join(b"data: %b\n\n" % event for event in events)
-    if body:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+def _framed(events: Iterable[bytes]) -> bytes:
+    return b"".join([b"data: %b\n\n" % event for event in events])
