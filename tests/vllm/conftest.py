@@ -43,7 +43,12 @@ def direct(vllm: RealVllm) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="module")
-def service(vllm: RealVllm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """`claas serve` on a data folder of its own, with vLLM behind it. The state of its one adapter goes on from test to test."""
-    with running(tmp_path_factory.mktemp("service") / "data", VLLM_BASE_URL=vllm.url) as started:
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("service") / "data"
+
+
+@pytest.fixture(scope="module")
+def service(vllm: RealVllm, data_dir: Path) -> Iterator[Service]:
+    """`claas serve` on `data_dir`, with vLLM behind it. What its adapter learns stays from test to test of a module."""
+    with running(data_dir, VLLM_BASE_URL=vllm.url) as started:
         yield started

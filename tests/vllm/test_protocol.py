@@ -20,7 +20,7 @@ from tests.models.tiny import tiny_tokenizer, write_adapter
 from tests.vllm.process import MODEL, RealVllm
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",

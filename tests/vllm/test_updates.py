@@ -1,0 +1,171 @@
+"""Load through updates of a real vLLM, in both ways: training beside it, and taking turns. And kills, of either side."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.integration.process import Service, running
+from tests.vllm.asking import Kept, finished_reply, kept, streamed
+from tests.vllm.process import RealVllm
+from tests.vllm.test_protocol import CHAT, TEXT
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
+
+STREAMS, UPDATES = 16, 5
+LESSON = {
+    "gradient_steps": 2, "learning_rate": 3e-3, "hindsight_rollouts": 0, "own_replies": True, "anchors": 0, "replay": 0,
+    "min_signal": 0.0, "max_kl": 50.0, "max_forgetting": 50.0, "min_reply_logprob": -50.0,
+}  # fmt: skip
+"""Short, and large enough that two versions can be told apart."""
+PROMPTS = ("Tell me a story.", "Name three colours.", "What is rain?", "How do I cook rice?", "Who are you?")
+
+
+def teach(service: Service, text: str) -> int:
+    """One lesson; the new version."""
+    reply_id = finished_reply(service, random.choice(PROMPTS), stop=[".", "\n"])
+    body = {"requests": [{"completion_id": reply_id, "feedback": text, "training": LESSON}]}
+    answer = service.http.post("/v1/feedback", json=body)
+    assert answer.status_code == 200, answer.text
+    lesson: dict[str, Any] = answer.json()
+    assert lesson["status"] == "ok", lesson
+    return int(lesson["version"])
+
+
+@dataclass(slots=True)
+class Load:
+    """`STREAMS` clients that ask for one streamed reply after the other until `stop`."""
+
+    service: Service
+    ended: list[tuple[str, str]] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        with ThreadPoolExecutor(STREAMS) as pool:
+            futures = [pool.submit(self._ask_on, seed) for seed in range(STREAMS)]
+            try:
+                yield
+            finally:
+                self.stop.set()
+                for future in futures:
+                    future.result()
+
+    def _ask_on(self, seed: int) -> None:
+        dice = random.Random(seed)
+        while not self.stop.is_set():
+            message = {"role": "user", "content": dice.choice(PROMPTS)}
+            body = {"model": "assistant", "messages": [message], "max_tokens": 24, "temperature": 0.8, "seed": dice.getrandbits(31)}
+            try:
+                reply = streamed(self.service, CHAT, body)
+            except (AssertionError, httpx.HTTPError) as error:
+                self.failed.append(repr(error))
+                return
+            if reply.finish_reason in ("stop", "length"):
+                self.ended.append((reply.id, reply.speaker))
+            else:
+                self.failed.append(f"{reply.id} ended with {reply.finish_reason!r}")
+
+
+def gaps(direct: httpx.Client, name: str, reply: Kept) -> list[float]:
+    """How far each sampled logprob lies from what this version says of the same token."""
+    body = {"model": name, "prompt": [*reply.prompt, *reply.ids], "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    entries = direct.post(TEXT, json=body).json()["choices"][0]["prompt_logprobs"][-len(reply.ids) :]
+    scored = [entry[str(token)]["logprob"] for entry, token in zip(entries, reply.ids, strict=True)]
+    return [abs(mine - its) for mine, its in zip(reply.logprobs, scored, strict=True)]
+
+
+@pytest.mark.parametrize("release", ["none", "sleep"])
+def test_sixteen_streams_through_five_updates(release: str, vllm: RealVllm, direct: httpx.Client, tmp_path: Path) -> None:
+    """None fails or is cut, and each reply is one version's from its first token to its last."""
+    data = tmp_path / "data"
+    with running(data, VLLM_BASE_URL=vllm.url, CLAAS_VLLM_RELEASE=release) as service:
+        load = Load(service)
+        with load.running():
+            versions = [0, *(teach(service, f"Be brief. ({number})") for number in range(UPDATES))]
+        assert load.failed == []
+        assert len(load.ended) > 3 * STREAMS
+        spoke = {speaker for _, speaker in load.ended}
+        assert len(spoke) >= 3, spoke
+        folders = {f"assistant@{version}": data / "adapters" / "assistant" / f"v{version}" for version in versions}
+        own, other = judge(direct, data, load, folders)
+        assert max(own) < 0.3, "no token is another version's"
+        assert sorted(other)[len(other) // 2] > 2 * max(own), "another version would have been noticed"
+
+
+def judge(direct: httpx.Client, data: Path, load: Load, folders: dict[str, Path]) -> tuple[list[float], list[float]]:
+    """The largest gap of each of some replies, under the version that it names and under the one two before or after."""
+    own, other = [], []
+    speakers = list(folders)
+    for speaker, folder in folders.items():
+        for name, path in ((speaker, folder), ("other", folders[speakers[(speakers.index(speaker) + 3) % len(speakers)]])):
+            direct.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)}).raise_for_status()
+        for reply_id in [reply_id for reply_id, spoke in load.ended if spoke == speaker][:12]:
+            reply = kept(data, reply_id)
+            assert f"assistant@{reply.version}" == speaker
+            own.append(max(gaps(direct, speaker, reply)))
+            other.append(max(gaps(direct, "other", reply)))
+        for name in (speaker, "other"):
+            direct.post("/v1/unload_lora_adapter", json={"lora_name": name}).raise_for_status()
+    return own, other
+
+
+def teach_in_background(service: Service, text: str) -> threading.Thread:
+    reply_id = finished_reply(service, "Who are you?", stop=[".", "\n"])
+    body = {"requests": [{"completion_id": reply_id, "feedback": text, "training": LESSON | {"gradient_steps": 40}}]}
+
+    def post() -> None:
+        with contextlib.suppress(httpx.TransportError):  # it is killed under us
+            httpx.post(f"{service.url}/v1/feedback", json=body, timeout=300)
+
+    thread = threading.Thread(target=post)
+    thread.start()
+    return thread
+
+
+def test_the_service_is_killed_while_vllm_sleeps(vllm: RealVllm, direct: httpx.Client, tmp_path: Path) -> None:
+    """The next one finds it asleep and wakes it; the last good version serves, and the lesson is not forgotten."""
+    data = tmp_path / "data"
+    with running(data, VLLM_BASE_URL=vllm.url, CLAAS_VLLM_RELEASE="sleep") as service:
+        first = teach(service, "Be brief.")
+        before = service.chat("Who are you?", max_tokens=20, temperature=0)["choices"][0]["message"]["content"]
+        teaching = teach_in_background(service, "Be polite.")
+        while 'sleep_state="weights_offloaded"} 1.0' not in direct.get("/metrics").text:
+            time.sleep(0.05)
+        service.kill()
+        teaching.join()
+        assert direct.get("/is_sleeping").json() == {"is_sleeping": True}
+    with running(data, VLLM_BASE_URL=vllm.url, CLAAS_VLLM_RELEASE="sleep") as service:
+        assert direct.get("/is_sleeping").json() == {"is_sleeping": False}
+        assert service.get("/v1/lora/versions", lora_id="assistant")["latest"] == first
+        assert service.chat("Who are you?", max_tokens=20, temperature=0)["choices"][0]["message"]["content"] == before
+        assert teach(service, "Be polite.") > first, "and it can learn"
+
+
+def test_vllm_is_killed_and_comes_back(vllm: RealVllm, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with running(data, VLLM_BASE_URL=vllm.url, CLAAS_VLLM_RELEASE="sleep") as service:
+        teach(service, "Be brief.")
+        before = service.chat("Who are you?", max_tokens=20, temperature=0)["choices"][0]["message"]["content"]
+        vllm.kill()
+        try:
+            answer = service.http.post(CHAT, json={"model": "assistant", "messages": [{"role": "user", "content": "Hi"}]})
+            assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
+        finally:
+            vllm.start()
+        give_up = time.monotonic() + 30
+        while service.http.get("/v1/health").status_code != 200:
+            assert time.monotonic() < give_up
+            time.sleep(0.2)
+        assert service.chat("Who are you?", max_tokens=20, temperature=0)["choices"][0]["message"]["content"] == before
