@@ -25,9 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import httpx
-import matplotlib as mpl
 import numpy as np
-from matplotlib import pyplot as plt
 
 from benchmarks.stack import Reply, Stack, add_options, ask, machine, read, running_stack, write
 
@@ -178,7 +176,7 @@ async def measure(stack: Stack, levels: Sequence[int], requests: int, seconds: f
         round_began = time.perf_counter()
         for concurrency, model in itertools.product(levels, names):
             for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
-                each = max(2, requests // concurrency)
+                each = max(1, requests // concurrency)
                 done = await run_block(stack, side, names[model][side], prompts, concurrency, each, how)
                 blocks[concurrency, model, side].append(done)
         longest = max(longest, time.perf_counter() - round_began)
@@ -210,6 +208,9 @@ def say(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def plot(result: dict[str, Any], out: Path) -> None:
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
     mpl.rcParams["svg.hashsalt"] = "claas"
     figure, axes = plt.subplots(1, len(AIMS), figsize=(4 * len(AIMS), 3.6), layout="constrained")
     titles = ("added to the first token, ms", "time for each token, CLaaS over vLLM", "tokens/s, CLaaS over vLLM")
@@ -233,15 +234,15 @@ def plot(result: dict[str, Any], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8, 16])
-    parser.add_argument("--requests", type=int, default=4, help="requests of a block with one client; others ask at least twice each")
-    parser.add_argument("--seconds", type=float, default=400.0, help="as many rounds as fit, but at least two")
-    add_options(parser, "proxy")
+    parser.add_argument("--requests", type=int, default=2, help="requests of a block, but at least one of each client")
+    parser.add_argument("--seconds", type=float, default=420.0, help="as many rounds as fit, but at least two")
+    add_options(parser, "proxy", max_tokens=32)
     args = parser.parse_args()
     how = {"max_tokens": args.max_tokens, "temperature": args.temperature}
     with running_stack(args.vllm_url, args.base_model) as stack:
         rows = asyncio.run(measure(stack, args.concurrency, args.requests, args.seconds, how))
-    shared = [name for name in ("client", "proxy", "vllm") if name in stack.pids]
-    result = {"machine": machine() | {"cores_shared_by": shared}, "request": how, "rows": rows}
+        sharing = list(stack.cpu_seconds())
+    result = {"machine": machine() | {"cores_shared_by": sharing}, "request": how, "rows": rows}
     say(rows)
     write(result, args.out)
     plot(result, args.out.with_suffix(".svg"))

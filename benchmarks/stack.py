@@ -37,15 +37,19 @@ CHAT = "/v1/chat/completions"
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A service and the vLLM behind it. `pids` says whose CPU time can be read: vLLM's only if it runs on this machine."""
+    """A service and the vLLM behind it, which is `vllm_pid` if it runs on this machine."""
 
     service: Service
     vllm_url: str
-    pids: dict[str, int]
+    vllm_pid: int | None
 
     def cpu_seconds(self) -> dict[str, float]:
-        """What each has computed since it began, with all that it started."""
-        return {name: _cpu_seconds(pid) for name, pid in self.pids.items()}
+        """What each process of this machine has computed since it began; vLLM's with all that it started."""
+        here = {"client": [psutil.Process()], "proxy": [psutil.Process(self.service.process.pid)]}
+        if self.vllm_pid is not None:
+            vllm = psutil.Process(self.vllm_pid)
+            here["vllm"] = [vllm, *vllm.children(recursive=True)]
+        return {name: float(sum(sum(process.cpu_times()[:2]) for process in processes)) for name, processes in here.items()}
 
 
 @contextmanager
@@ -60,16 +64,14 @@ def running_stack(vllm_url: str | None, base_model: Path | None, **environment: 
             vllm.start()
             vllm_url = vllm.url
         service = ending.enter_context(running(folder / "data", base_model=base_model, VLLM_BASE_URL=vllm_url, **environment))
-        vllm_pid = _listener(vllm_url)
-        pids = {"client": os.getpid(), "proxy": service.process.pid}
-        yield Stack(service, vllm_url, pids | ({"vllm": vllm_pid} if vllm_pid else {}))
+        yield Stack(service, vllm_url, _listener(vllm_url))
 
 
-def add_options(parser: ArgumentParser, out: str) -> None:
+def add_options(parser: ArgumentParser, out: str, max_tokens: int) -> None:
     """The options of every benchmark on this stack."""
     parser.add_argument("--vllm-url", help="a vLLM that runs already, on a GPU for example; without one the CPU build is started")
     parser.add_argument("--base-model", type=Path, help="folder of the model that it serves; default: the embedded one")
-    parser.add_argument("--max-tokens", type=int, default=48, help="longest reply")
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, help="longest reply")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/{out}.json"))
 
@@ -82,12 +84,6 @@ def write(result: dict[str, Any], out: Path) -> None:
 
 def machine() -> dict[str, Any]:
     return {"cpus": len(os.sched_getaffinity(0)), "system": platform.platform(), "python": platform.python_version()}
-
-
-def _cpu_seconds(pid: int) -> float:
-    process = psutil.Process(pid)
-    times = [p.cpu_times() for p in (process, *process.children(recursive=True))]
-    return float(sum(t.user + t.system for t in times))
 
 
 def _listener(url: str) -> int | None:
@@ -191,9 +187,7 @@ def read(sent: Sent) -> Reply:
     done = b"".join(piece for _, piece in sent.pieces[-2:]).endswith(b"data: [DONE]\n\n")
     if failure is None and (finish not in ("stop", "length") or not done):
         failure = f"ended with {finish!r}"
-    return Reply(
-        sent.prompt, sent.asked, ended, sent.speaker, reply_id, text, tokens, tuple(stamps), finish, tuple(logprobs), failure
-    )  # fmt: skip
+    return Reply(sent.prompt, sent.asked, ended, sent.speaker, reply_id, text, tokens, tuple(stamps), finish, tuple(logprobs), failure)
 
 
 def _events(pieces: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, dict[str, Any]]]:
