@@ -1,4 +1,4 @@
-"""Does a chat notice that the model learns? Streams of `claas serve` over a real vLLM that are kept going through updates, one after another.
+"""Does a chat notice that the model learns? Streams of `claas serve` over a real vLLM, kept going through updates.
 
     pip install 'claas[local,bench]' && python -m benchmarks.hybrid --release sleep
 
@@ -20,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Update:
         return {phase: ms / 1000 for phase, ms in self.answer.get("timing_ms", {}).items()}
 
     def phases(self) -> list[tuple[str, float, float]]:
-        """Which phase was when. What is timed together (a lesson tried twice) is drawn together; what is not timed lies before the drain."""
+        """Which phase was when. Those of a lesson tried twice are drawn as one; what is not timed lies before the drain: anchors."""
         timing = self.timing_s
         if not timing:
             return []
@@ -92,15 +92,30 @@ class Update:
 # --- the load, and the lessons given meanwhile ---
 
 
-async def keep_asking(
-    http: httpx.AsyncClient, prompts: Iterator[str], replies: list[Reply], enough: asyncio.Event, how: dict[str, Any]
-) -> None:
-    """One client: asks again when its reply has ended. One that is refused waits a moment first."""
-    while not enough.is_set():
-        reply = read(await ask(http, ADAPTER, next(prompts), logprobs=True, **how))
-        replies.append(reply)
-        if reply.failure is not None:
-            await asyncio.sleep(REFUSED_WAIT_S)
+class Load:
+    """Clients that ask again when their reply has ended."""
+
+    def __init__(self, http: httpx.AsyncClient, how: dict[str, Any]) -> None:
+        self.replies: list[Reply] = []
+        self.enough = False
+        self._http = http
+        self._how = how
+        self._prompts = itertools.cycle([lesson.prompts[at] for at in range(4) for lesson in LESSONS])
+        self._ended = asyncio.Condition()
+
+    async def client(self) -> None:
+        while not self.enough:
+            reply = read(await ask(self._http, ADAPTER, next(self._prompts), logprobs=True, **self._how))
+            self.replies.append(reply)
+            async with self._ended:
+                self._ended.notify_all()
+            if reply.failure is not None:
+                await asyncio.sleep(REFUSED_WAIT_S)
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait until the replies so far make it true."""
+        async with self._ended:
+            await self._ended.wait_for(holds)
 
 
 def choose(replies: Sequence[Reply], taught: Iterable[str]) -> tuple[str, str] | None:
@@ -111,10 +126,11 @@ def choose(replies: Sequence[Reply], taught: Iterable[str]) -> tuple[str, str] |
     return next((pair for pair in found if pair[1] not in known), found[0] if found else None)
 
 
-async def teach(http: httpx.AsyncClient, replies: Sequence[Reply], taught: Iterable[str], training: dict[str, Any]) -> Update:
+async def teach(http: httpx.AsyncClient, load: Load, taught: Sequence[str], training: dict[str, Any]) -> Update:
     """Give feedback on one of the replies and wait for what comes of it."""
-    while (chosen := choose(replies, taught)) is None:
-        await asyncio.sleep(0.2)  # until a reply has ended by itself
+    await load.until(lambda: choose(load.replies, taught) is not None)
+    chosen = choose(load.replies, taught)
+    assert chosen is not None
     reply_id, name = chosen
     feedback = next(lesson.feedback for lesson in LESSONS if lesson.name == name)
     item = {"completion_id": reply_id, "feedback": feedback, "training": training}
@@ -130,24 +146,24 @@ async def run(
     stack: Stack, *, clients: int, updates: int, seconds: float, training: dict[str, Any], how: dict[str, Any], checked: int
 ) -> dict[str, Any]:
     """The whole course: a quiet time, then updates with quiet times after each; then replies are looked at again."""
-    enough, replies, done = asyncio.Event(), list[Reply](), list[Update]()
-    prompts = itertools.cycle([lesson.prompts[at] for at in range(4) for lesson in LESSONS])
+    done: list[Update] = []
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=stack.service.url, timeout=600.0, verify=False, trust_env=False, limits=limits) as http:
-        load = [asyncio.create_task(keep_asking(http, prompts, replies, enough, how)) for _ in range(clients)]
-        while len(replies) < clients:  # until all is warm
-            await asyncio.sleep(0.1)
-        began = time.perf_counter()
-        await asyncio.sleep(seconds)
-        for _ in range(updates):
-            done.append(await teach(http, replies, [update.lesson for update in done], training))
+        load = Load(http, how)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(clients):
+                group.create_task(load.client())
+            await load.until(lambda: len(load.replies) >= clients)  # all is warm
+            began = time.perf_counter()
             await asyncio.sleep(seconds)
-        over = time.perf_counter()
-        enough.set()
-        await asyncio.gather(*load)
+            for _ in range(updates):
+                done.append(await teach(http, load, [update.lesson for update in done], training))
+                await asyncio.sleep(seconds)
+            over = time.perf_counter()
+            load.enough = True
         versions = {0, *(update.answer["version"] for update in done if update.answer.get("status") == "ok")}
-        checks = await look_again(http, replies, versions, [update.ended for update in done], checked)
-    return summarise(replies, done, began, over) | {"one_version": checks, "timeline": timeline(replies, done, began, over)}
+        checks = await look_again(http, load.replies, versions, [update.ended for update in done], checked)
+    return summarise(load.replies, done, began, over) | {"one_version": checks, "timeline": timeline(load.replies, done, began, over)}
 
 
 # --- what came of it ---
@@ -257,9 +273,8 @@ def plot(result: dict[str, Any], out: Path) -> None:
 
 def say(result: dict[str, Any]) -> None:
     rates, waits, checks = result["throughput"], result["first_token_s"], result["one_version"]
-    print(
-        f"{result['replies']} replies, {len(result['refused'])} refused, {len(result['cut'])} cut: {[*result['refused'], *result['cut']][:3]}"
-    )
+    failures = [*result["refused"], *result["cut"]]
+    print(f"{result['replies']} replies, {len(result['refused'])} refused, {len(result['cut'])} cut {failures[:3]}")
     print(f"versions: {result['speakers']}; {result['without_one_version']} replies without exactly one")
     print(f"looked at again: {checks}")
     print("tokens/s: " + ", ".join(f"{name} {rate['tokens_per_s']}" for name, rate in rates.items()))
