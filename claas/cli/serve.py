@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from claas.cli.options import DataDir
+from claas.cli.options import DataDir, VllmUrl
 
 
 def serve(
@@ -15,6 +15,7 @@ def serve(
     data_dir: DataDir = None,
     mode: Annotated[Literal["local", "modal", "tinker"] | None, typer.Option(help="Where lessons are trained.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Hub id or local folder.")] = None,
+    vllm_url: VllmUrl = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
 ) -> None:
     """Start the service.
@@ -32,7 +33,9 @@ def serve(
     from claas.wiring import open_services
 
     server.quieten(verbose=verbose)
-    settings = load_settings(host=host, port=port, data_dir=data_dir, distill_execution_mode=mode, base_model_id=base_model)
+    settings = load_settings(
+        host=host, port=port, data_dir=data_dir, distill_execution_mode=mode, base_model_id=base_model, vllm_base_url=vllm_url
+    )
     with closing(server.bind(settings.host, settings.port)) as sock:
 
         def on_ready(_: server.Server, services: Services) -> None:

@@ -90,7 +90,7 @@ class Settings(BaseSettings):
     feedback_drain_timeout_s: float = Field(
         120.0, gt=0, validation_alias="FEEDBACK_DRAIN_TIMEOUT_S", description="How long an update waits for running replies to end."
     )
-    feedback_wake_on_failure: Literal[True] = Field(
+    feedback_wake_on_failure: bool = Field(
         True, validation_alias="FEEDBACK_WAKE_ON_FAILURE", description="Always true: vLLM is woken whatever becomes of a step."
     )
 
@@ -128,6 +128,8 @@ class Settings(BaseSettings):
                 f"host {self.host!r} can be reached from other machines, so a key is needed: "
                 "set CLAAS_API_KEYS='[\"a-long-random-key\"]', or keep host 127.0.0.1"
             )
+        if not self.feedback_wake_on_failure:
+            raise ValueError("FEEDBACK_WAKE_ON_FAILURE can only be true: a vLLM that is left asleep would answer nobody")
         if any(not key.get_secret_value().strip() for key in self.api_keys):
             raise ValueError("CLAAS_API_KEYS holds an empty key")
         if self.trust_remote_code is not None and self.trust_remote_code != self.base_model_id:

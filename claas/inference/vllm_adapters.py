@@ -7,14 +7,16 @@ when its folder was made: an adapter that was deleted and made anew, with the sa
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from claas.core.errors import BackendUnavailable, ClaasError, NotFound
+from claas.adapters.store import CONFIG
+from claas.core.errors import BackendUnavailable, BadRequest, ClaasError, NotFound
 from claas.core.types import LoraRuntimeRef
 from claas.inference.vllm_http import VllmHttp
 
@@ -39,6 +41,7 @@ class VllmAdapters:
         self._capacity = capacity
         self._here = here.resolve()
         self._there = there or self._here
+        self._targets: frozenset[str] | None = None
         self._known: OrderedDict[str, _Loaded] = OrderedDict()
         self._unloading: set[asyncio.Task[None]] = set()
 
@@ -84,6 +87,11 @@ class VllmAdapters:
     async def begin(self) -> None:
         """vLLM was started anew, or by a service before this one: it shall know none of our versions but those asked for from now on."""
         self._known.clear()
+        try:
+            lora = (await self._http.ask("GET", "/server_info", params={"config_format": "json"}))["vllm_config"]["lora_config"]
+            self._targets = frozenset(lora["target_modules"]) if lora and lora["target_modules"] else None
+        except NotFound:  # it has no control endpoints, and is taken at its operator's word
+            self._targets = None
         for card in (await self._http.ask("GET", "/v1/models"))["data"]:
             if card["parent"] is not None and Path(card["root"]).is_relative_to(self._there):
                 await self._post_unload(card["id"])
@@ -92,6 +100,11 @@ class VllmAdapters:
         await asyncio.gather(*self._unloading, *(entry.loading for entry in self._known.values()), return_exceptions=True)
 
     async def _load(self, name: str, ref: LoraRuntimeRef) -> None:
+        if self._targets is not None and (left_out := await asyncio.to_thread(_target_modules, ref) - self._targets):
+            raise BadRequest(
+                f"{ref.lora_id!r} has LoRA on {sorted(left_out)}, which vLLM would leave out: start it with them in --lora-target-modules",
+                param="model",
+            )
         try:
             await self._http.ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": self._path_there(ref)})
         except NotFound as error:
@@ -132,9 +145,20 @@ class VllmAdapters:
             log.warning("vLLM did not unload %s: %s", name, error.message)
 
 
+def _target_modules(ref: LoraRuntimeRef) -> set[str]:
+    with _its_files(ref) as folder:
+        config = json.loads((folder / CONFIG).read_bytes())
+    return {str(name).rpartition(".")[2] for name in config["target_modules"]}
+
+
 def _name(ref: LoraRuntimeRef) -> str:
+    with _its_files(ref) as folder:
+        return f"{ref.vllm_name}-{folder.stat().st_mtime_ns:x}"
+
+
+@contextmanager
+def _its_files(ref: LoraRuntimeRef) -> Iterator[Path]:
     try:
-        made = Path(ref.lora_path).stat().st_mtime_ns
+        yield Path(ref.lora_path)
     except OSError as error:
         raise NotFound(f"version {ref.version} of {ref.lora_id!r} is gone", param="model") from error
-    return f"{ref.vllm_name}-{made:x}"

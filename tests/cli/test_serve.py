@@ -77,6 +77,12 @@ def test_a_misspelt_setting_is_told(tmp_path: Path) -> None:
     assert (result.code, result.err) == (2, "claas: CLAAS_PROT is not a setting: did you mean CLAAS_PORT?\n")
 
 
+def test_a_vllm_url_is_a_setting(tmp_path: Path) -> None:
+    result = claas("serve", "--vllm-url", "127.0.0.1:8000", "--data-dir", str(tmp_path))
+    assert (result.code, result.out) == (2, "")
+    assert "'127.0.0.1:8000' is no URL such as http://127.0.0.1:8000" in result.err
+
+
 def test_a_mode_that_does_not_exist_is_a_usage_error() -> None:
     result = claas("serve", "--mode", "cloud")
     assert result.code == 2

@@ -24,7 +24,7 @@ from tests.docs.test_cli_md import COMMANDS
 
 DOCUMENTED_URL = "http://127.0.0.1:8080"
 WRITTEN = [pytest.param(command, id=f"{page.name}: {command[:40]}") for page in PAGES for command in commands(page)]
-TOOLS = {"make", "claas", "curl", "pytest", "pre-commit", "printf"}
+TOOLS = {"make", "claas", "curl", "pytest", "pre-commit", "printf", "cp", "docker", "scripts/start-vllm"}
 
 
 def words(command: str) -> list[str]:
@@ -32,7 +32,7 @@ def words(command: str) -> list[str]:
 
 
 def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 
 
 @pytest.mark.parametrize("command", WRITTEN)
@@ -41,6 +41,13 @@ def test_a_documented_command_exists(command: str) -> None:
     assert typed[0] in TOOLS, "a tool that no test knows: add it here with a check"
     if typed[0] == "make":
         assert {word for word in typed[1:] if "=" not in word} <= make_targets()
+    if typed[0] == "cp":
+        assert (ROOT / typed[1]).is_file()
+    if typed[0] == "docker":
+        assert typed[1:3] == ["compose", "-f"]
+        assert (ROOT / typed[3]).is_file()
+    if typed[0] == "scripts/start-vllm":
+        subprocess.run(["sh", ROOT / typed[0], "--dry-run", *typed[1:]], capture_output=True, timeout=60, check=True)
     if "claas" in typed:
         arguments = typed[typed.index("claas") + 1 :]
         name = next(known for known in COMMANDS if " ".join(["claas", *arguments]).startswith(known))

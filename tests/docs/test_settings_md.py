@@ -27,8 +27,9 @@ def default(name: str) -> str:
     if name in BY_PLATFORM:
         return BY_PLATFORM[name]
     shown = "unset" if field.default is None else "`[]`" if field.default == () else f"`{field.default}`"
-    others = [f"`{choice}`" for choice in get_args(field.annotation) if choice != field.default]
-    return f"{shown} (or {', '.join(others)})" if get_origin(field.annotation) is Literal else shown
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    others = [f"`{choice}`" for choice in choices if choice != field.default]
+    return f"{shown} (or {', '.join(others)})" if others else shown
 
 
 def test_every_setting_is_there_and_no_other() -> None:
