@@ -29,9 +29,9 @@ import httpx
 
 from benchmarks.lessons import LESSONS
 from benchmarks.one_version import ADAPTER, look_again, named
-from benchmarks.stack import Reply, Stack, add_options, ask, machine, read, running_stack, spread, write
+from benchmarks.stack import Reply, add_options, ask, machine, read, running_stack, spread, write
 
-SMALL_LESSON = {"min_signal": 0.0, "gradient_steps": 6, "hindsight_rollouts": 4, "anchors": 4, "replay": 4}
+SMALL_LESSON = {"min_signal": 0.0, "learning_rate": 3e-4, "gradient_steps": 6, "hindsight_rollouts": 4, "anchors": 4, "replay": 4}
 BEFORE_ROOM = ("rollouts", "contradictions")
 ROOM = ("drain", "sleep", "distill", "wake")
 AFTER_ROOM = ("check", "save")
@@ -143,12 +143,12 @@ async def teach(http: httpx.AsyncClient, load: Load, taught: Sequence[str], trai
 
 
 async def run(
-    stack: Stack, *, clients: int, updates: int, seconds: float, training: dict[str, Any], how: dict[str, Any], checked: int
+    url: str, *, clients: int, updates: int, seconds: float, training: dict[str, Any], how: dict[str, Any], checked: int
 ) -> dict[str, Any]:
     """The whole course: a quiet time, then updates with quiet times after each; then replies are looked at again."""
     done: list[Update] = []
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=stack.service.url, timeout=600.0, verify=False, trust_env=False, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=600.0, verify=False, trust_env=False, limits=limits) as http:
         load = Load(http, how)
         async with asyncio.TaskGroup() as group:
             for _ in range(clients):
@@ -299,7 +299,7 @@ def main() -> None:
     conditions = {"release": args.release, "clients": args.concurrency, "request": how, "training": args.training}
     with running_stack(args.vllm_url, args.base_model, **settings) as stack:
         course = run(
-            stack,
+            stack.service.url,
             clients=args.concurrency,
             updates=args.updates,
             seconds=args.seconds,

@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.stack import Reply, spread
 
 ADAPTER = "assistant"
-NOISE_NATS = 0.1
+NOISE_NATS = 0.02
 """What a token's logprob may differ from itself, on average, when it is computed in another batch in bfloat16."""
 
 
