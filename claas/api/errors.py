@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
@@ -33,6 +33,7 @@ from claas.core.errors import (
     StorageFull,
     TooLarge,
     Unteachable,
+    UpstreamRefused,
 )
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ TABLE: dict[type[ClaasError], Kind] = {
     ConfigurationError: Kind(500, "server_error", "configuration"),
     BadRequest: Kind(400, "invalid_request_error"),
     ContextOverflow: Kind(400, "invalid_request_error", "context_length_exceeded"),
+    UpstreamRefused: Kind(400, "invalid_request_error", "upstream_refused"),
     AuthenticationFailed: Kind(401, "authentication_error", "invalid_api_key"),
     Forbidden: Kind(403, "permission_error", "forbidden"),
     NotFound: Kind(404, "invalid_request_error", "not_found"),
@@ -87,8 +89,14 @@ class ErrorBody(BaseModel):
 
 
 def kind_of(error: ClaasError) -> Kind:
-    """The table's row for the error's class, or its nearest listed ancestor's."""
-    return next(TABLE[cls] for cls in type(error).__mro__ if cls in TABLE)
+    """The table's row for the error's class, or its nearest listed ancestor's, with what the error itself knows better."""
+    kind = next(TABLE[cls] for cls in type(error).__mro__ if cls in TABLE)
+    match error:
+        case UpstreamRefused(status=status):
+            return replace(kind, status=status)
+        case Overloaded(retry_after_s=int(seconds)) | BackendUnavailable(retry_after_s=int(seconds)):
+            return replace(kind, retry_after_s=seconds)
+    return kind
 
 
 def body_of(error: ClaasError) -> ErrorBody:
@@ -107,9 +115,8 @@ def response_to(error: ClaasError) -> JSONResponse:
     """The whole answer, with `Retry-After` and `WWW-Authenticate` where they belong."""
     kind = kind_of(error)
     headers: dict[str, str] = {}
-    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else kind.retry_after_s
-    if retry_after_s is not None:
-        headers["retry-after"] = str(retry_after_s)
+    if kind.retry_after_s is not None:
+        headers["retry-after"] = str(kind.retry_after_s)
     if kind.status == 401:
         headers["www-authenticate"] = "Bearer"
     return JSONResponse(body_of(error).model_dump(), kind.status, headers)

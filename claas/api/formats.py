@@ -3,90 +3,104 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ClassVar
 
 from pydantic import BaseModel
+from pydantic_core import to_json
 
 from claas.api.schemas.base import Usage
 from claas.api.schemas.chat import (
     AssistantMessage,
     ChatChoice,
     ChatCompletion,
-    ChatCompletionChunk,
     ChoiceLogprobs,
     ChunkChoice,
     Delta,
+    FunctionDelta,
     TokenLogprob,
+    ToolCallDelta,
     TopLogprob,
 )
 from claas.api.schemas.completions import Completion, TextChoice, TextLogprobs
+from claas.api.schemas.tools import MadeToolCall
 from claas.api.serving import Ask, Replies, Reply
 from claas.core.types import FinishReason
-from claas.inference.base import GenerationChunk, SampledToken
+from claas.inference.base import GenerationChunk, SampledToken, ToolCallPiece
 
 MINUS_INFINITY = -9999.0
 TokenText = Callable[[int], str]
 
 
 class Format(ABC):
-    """Words the answer to one request."""
+    """Words the answer to one request. The events of its stream are JSON; what they have in common is written once."""
+
+    event_kind: ClassVar[str]
 
     def __init__(self, ask: Ask, token_text: TokenText, *, logprobs: bool, include_usage: bool) -> None:
         self._ask = ask
         self._token_text = token_text
         self._logprobs = logprobs
         self._include_usage = include_usage
+        common = {"id": ask.id, "object": self.event_kind, "created": ask.created, "model": ask.model}
+        self._head = to_json(common).removesuffix(b"}") + b',"choices":['
+        self._tail = b'],"usage":null}' if include_usage else b"]}"  # OpenAI: null in every event but the last
 
     @abstractmethod
-    def opening(self, index: int) -> Iterator[BaseModel]:
-        """What a stream says of a choice before its first token."""
+    def opening(self) -> Iterator[bytes]:
+        """What a stream says before its first token."""
 
     @abstractmethod
-    def pieces(self, index: int, chunk: GenerationChunk) -> Iterator[BaseModel]:
-        """What a stream says of one decoding step. A step that shows no text yet says nothing, unless logprobs were asked for."""
+    def pieces(self, index: int, chunk: GenerationChunk) -> Iterator[bytes]:
+        """What a stream says of one decoding step. A step that shows nothing yet says nothing, unless logprobs were asked for."""
 
-    @abstractmethod
-    def usage(self, replies: Replies) -> BaseModel:
-        """The token counts, as the last chunk of a stream."""
+    def closing(self, replies: Replies) -> Iterator[bytes]:
+        """What a stream says when all replies have ended: the token counts, if they were asked for."""
+        if self._include_usage:
+            yield b'%b],"usage":%b}' % (self._head, to_json(usage_of(replies)))
 
     @abstractmethod
     def whole(self, replies: Replies) -> BaseModel:
         """The answer in one piece."""
 
+    def _event(self, choice: Mapping[str, object] | BaseModel) -> bytes:
+        return self._head + to_json(choice) + self._tail
+
 
 class ChatFormat(Format):
     """`chat.completion` and `chat.completion.chunk`."""
 
-    def opening(self, index: int) -> Iterator[BaseModel]:
-        yield self._chunk([ChunkChoice(index=index, delta=Delta(role="assistant", content=""), logprobs=None, finish_reason=None)])
+    event_kind = "chat.completion.chunk"
 
-    def pieces(self, index: int, chunk: GenerationChunk) -> Iterator[BaseModel]:
+    def opening(self) -> Iterator[bytes]:
+        for index in range(self._ask.n):
+            yield self._event(ChunkChoice(index=index, delta=Delta(role="assistant", content=""), logprobs=None, finish_reason=None))
+
+    def pieces(self, index: int, chunk: GenerationChunk) -> Iterator[bytes]:
         logprobs = self._choice_logprobs(chunk.tokens) if chunk.tokens else None
-        if chunk.text or logprobs:
-            yield self._chunk([ChunkChoice(index=index, delta=Delta(content=chunk.text), logprobs=logprobs, finish_reason=None)])
+        delta = Delta()
+        if chunk.reasoning:
+            delta["reasoning_content"] = chunk.reasoning
+        if chunk.tool_calls:
+            delta["tool_calls"] = list(map(_tool_call_delta, chunk.tool_calls))
+        if chunk.text or (logprobs and not delta):
+            delta["content"] = chunk.text
+        if delta:
+            yield self._event(ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=None))
         if chunk.finish_reason is not None:
-            yield self._chunk([ChunkChoice(index=index, delta=Delta(), logprobs=None, finish_reason=chunk.finish_reason)])
-
-    def usage(self, replies: Replies) -> BaseModel:
-        return self._chunk([], usage_of(replies))
+            yield self._event(ChunkChoice(index=index, delta=Delta(), logprobs=None, finish_reason=chunk.finish_reason))
 
     def whole(self, replies: Replies) -> BaseModel:
         choices = [
             ChatChoice(
                 index=reply.index,
-                message=AssistantMessage(content=reply.text),
+                message=_message(reply),
                 logprobs=self._choice_logprobs(reply.tokens),
                 finish_reason=_finished(reply),
             )
             for reply in replies.replies
         ]
         return ChatCompletion(id=self._ask.id, created=self._ask.created, model=self._ask.model, choices=choices, usage=usage_of(replies))
-
-    def _chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatCompletionChunk:
-        chunk = ChatCompletionChunk(
-            id=self._ask.id, object="chat.completion.chunk", created=self._ask.created, model=self._ask.model, choices=choices
-        )
-        return chunk.model_copy(update={"usage": usage}) if self._include_usage else chunk
 
     def _choice_logprobs(self, tokens: Sequence[SampledToken]) -> ChoiceLogprobs | None:
         if not self._logprobs:
@@ -110,20 +124,19 @@ class ChatFormat(Format):
 class TextFormat(Format):
     """`text_completion`."""
 
+    event_kind = "text_completion"
+
     def __init__(self, ask: Ask, token_text: TokenText, *, logprobs: bool, include_usage: bool) -> None:
         super().__init__(ask, token_text, logprobs=logprobs, include_usage=include_usage)
         self._offsets = [0] * ask.n
 
-    def opening(self, index: int) -> Iterator[BaseModel]:
+    def opening(self) -> Iterator[bytes]:
         yield from ()
 
-    def pieces(self, index: int, chunk: GenerationChunk) -> Iterator[BaseModel]:
+    def pieces(self, index: int, chunk: GenerationChunk) -> Iterator[bytes]:
         logprobs = self._text_logprobs(index, chunk.tokens) if chunk.tokens else None
         if chunk.text or logprobs or chunk.finish_reason is not None:
-            yield self._completion([TextChoice(index=index, text=chunk.text, logprobs=logprobs, finish_reason=chunk.finish_reason)])
-
-    def usage(self, replies: Replies) -> BaseModel:
-        return self._completion([], usage_of(replies))
+            yield self._event(TextChoice(index=index, text=chunk.text, logprobs=logprobs, finish_reason=chunk.finish_reason))
 
     def whole(self, replies: Replies) -> BaseModel:
         choices = [
@@ -135,13 +148,7 @@ class TextFormat(Format):
             )
             for reply in replies.replies
         ]
-        return self._completion(choices).model_copy(update={"usage": usage_of(replies)})
-
-    def _completion(self, choices: list[TextChoice], usage: Usage | None = None) -> Completion:
-        completion = Completion(
-            id=self._ask.id, object="text_completion", created=self._ask.created, model=self._ask.model, choices=choices
-        )
-        return completion.model_copy(update={"usage": usage}) if self._include_usage else completion
+        return Completion(id=self._ask.id, created=self._ask.created, model=self._ask.model, choices=choices, usage=usage_of(replies))
 
     def _text_logprobs(self, index: int, tokens: Sequence[SampledToken]) -> TextLogprobs | None:
         if not self._logprobs:
@@ -157,6 +164,18 @@ class TextFormat(Format):
             top_logprobs=[{self._token_text(other): max(logprob, MINUS_INFINITY) for other, logprob in token.top} for token in tokens],
             text_offset=offsets,
         )
+
+
+def _message(reply: Reply) -> AssistantMessage:
+    calls = list(map(MadeToolCall.of, reply.tool_calls)) or None
+    return AssistantMessage(content=reply.text or (None if calls else ""), reasoning_content=reply.reasoning or None, tool_calls=calls)
+
+
+def _tool_call_delta(piece: ToolCallPiece) -> ToolCallDelta:
+    if piece.id is None and piece.name is None:
+        return ToolCallDelta(index=piece.index, function=FunctionDelta(arguments=piece.arguments))
+    function = FunctionDelta(name=piece.name or "", arguments=piece.arguments)
+    return ToolCallDelta(index=piece.index, id=piece.id or "", type="function", function=function)
 
 
 def usage_of(replies: Replies) -> Usage:

@@ -10,16 +10,15 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import JsonValue
 
 from claas.core.errors import ContextOverflow
-from claas.core.types import ChatMessage, FinishReason, LoraRuntimeRef, Rollout, SamplingParams
-from claas.inference.base import GenerationChunk, GenerationRequest, SampledToken, TokenStream
+from claas.core.types import ChatMessage, FinishReason, LoraRuntimeRef, Rollout, SamplingParams, ToolCall
+from claas.inference.base import GenerationChunk, GenerationRequest, SampledToken, TokenStream, joined_tool_calls
 from claas.rollouts.visible import visible_text
 from claas.services import Services
 
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """A parsed request for `n` replies. Exactly one of `messages` and `prompt` is given.
+    """A parsed request for `n` replies. Exactly one of `messages` and `prompt` is given; tools and their like are as the seam takes them.
 
     `sampling.max_tokens` None: the service's default length, or what the context still holds if that is less.
     """
@@ -39,6 +38,10 @@ class Ask:
     messages: tuple[ChatMessage, ...] = ()
     prompt: str | None = None
     template_kwargs: dict[str, JsonValue] = field(default_factory=dict)
+    tools: tuple[dict[str, JsonValue], ...] = ()
+    tool_choice: JsonValue = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, JsonValue] | None = None
     id: str = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -50,6 +53,20 @@ class Ask:
         """Under which the reply is stored and takes feedback."""
         return f"{self.id}:{index}" if index else self.id
 
+    def request(self, index: int, adapter: LoraRuntimeRef | None) -> GenerationRequest:
+        """What a backend is asked for the `index`-th reply. Tools stand in the prompt, so they are template arguments too."""
+        return GenerationRequest(
+            messages=self.messages,
+            prompt=self.prompt,
+            template_kwargs=self.template_kwargs | ({"tools": list(self.tools)} if self.tools else {}),
+            adapter=adapter,
+            tools=self.tools,
+            tool_choice=self.tool_choice,
+            parallel_tool_calls=self.parallel_tool_calls,
+            response_format=self.response_format,
+            sampling=_sampling_of(self.sampling, index),
+        )
+
 
 @dataclass(slots=True)
 class Reply:
@@ -58,23 +75,40 @@ class Reply:
     index: int
     request: GenerationRequest
     stream: TokenStream
-    text: str = ""
-    tokens: list[SampledToken] = field(default_factory=list)
+    chunks: list[GenerationChunk] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(chunk.text for chunk in self.chunks)
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(chunk.reasoning for chunk in self.chunks)
+
+    @property
+    def tokens(self) -> tuple[SampledToken, ...]:
+        return tuple(token for chunk in self.chunks for token in chunk.tokens)
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return joined_tool_calls(piece for chunk in self.chunks for piece in chunk.tool_calls)
 
 
 class Replies:
-    """The running replies to one request. Use as `async with`: leaving stops and stores those that are unfinished.
+    """The replies to one request. Use as `async with`, and `admit` them: leaving stops and stores those that are unfinished.
 
-    Iterate, once, for (index, chunk) in the order of sampling.
+    Iterate, once, for what was sampled since the last time: (index, chunk) in the order of sampling.
     """
 
-    def __init__(self, services: Services, ask: Ask, ref: LoraRuntimeRef | None, replies: list[Reply]) -> None:
+    def __init__(self, services: Services, ask: Ask) -> None:
         self.ask = ask
-        self.replies = replies
-        self.speaker = f"{ref.lora_id}@{ref.version}" if ref else services.base_model_id
+        self.replies: list[Reply] = []
+        self.speaker = ""
         self._services = services
-        self._events: asyncio.Queue[tuple[int, GenerationChunk] | Exception] = asyncio.Queue()
+        self._sampled: list[tuple[int, GenerationChunk]] = []
+        self._error: Exception | None = None
+        self._news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -83,22 +117,31 @@ class Replies:
 
     @property
     def completion_tokens(self) -> int:
-        return sum(len(reply.tokens) for reply in self.replies)
+        return sum(len(chunk.tokens) for reply in self.replies for chunk in reply.chunks)
+
+    async def admit(self) -> Literal[True]:
+        """Start all replies at once, or none. Raises what `resolve_model` and `InferenceBackend.stream` raise."""
+        ref = await self._services.lifecycle.resolve_model(self.ask.model)
+        self.speaker = f"{ref.lora_id}@{ref.version}" if ref else self._services.base_model_id
+        self.replies = await _all_or_none([_start(self._services, self.ask.request(index, ref), index) for index in range(self.ask.n)])
+        self._tasks = [asyncio.create_task(self._relay(reply)) for reply in self.replies]
+        return True
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._relay(reply)) for reply in self.replies]
         return self
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, GenerationChunk]]:
+    async def __aiter__(self) -> AsyncIterator[Sequence[tuple[int, GenerationChunk]]]:
         unfinished = len(self.replies)
         while unfinished:
-            event = await self._events.get()
-            if isinstance(event, Exception):
-                raise event
-            yield event
-            unfinished -= event[1].finish_reason is not None
+            await self._news.wait()
+            self._news.clear()
+            sampled, self._sampled = self._sampled, []
+            yield sampled
+            if self._error is not None:
+                raise self._error
+            unfinished -= sum(chunk.finish_reason is not None for _, chunk in sampled)
 
-    async def drain(self) -> bool:
+    async def drain(self) -> Literal[True]:
         """Wait for the end of all replies."""
         async for _ in self:
             pass
@@ -117,14 +160,15 @@ class Replies:
     async def _relay(self, reply: Reply) -> None:
         try:
             async for chunk in reply.stream:
-                reply.text += chunk.text
-                reply.tokens.extend(chunk.tokens)
+                reply.chunks.append(chunk)
                 reply.finish_reason = chunk.finish_reason
                 if chunk.finish_reason is not None:
                     await self._services.rollouts.put(self._rollout(reply, chunk.finish_reason))
-                self._events.put_nowait((reply.index, chunk))
+                self._sampled.append((reply.index, chunk))
+                self._news.set()
         except Exception as error:  # noqa: BLE001 - whoever iterates gets it
-            self._events.put_nowait(error)
+            self._error = self._error or error
+            self._news.set()
 
     async def _store_abandoned(self, reply: Reply) -> None:
         try:
@@ -133,7 +177,7 @@ class Replies:
             log.exception("the abandoned reply %s could not be stored", self.ask.reply_id(reply.index))
 
     def _rollout(self, reply: Reply, finish_reason: FinishReason) -> Rollout:
-        adapter = reply.request.adapter
+        adapter, tokens = reply.request.adapter, reply.tokens
         return Rollout(
             id=self.ask.reply_id(reply.index),
             lora_id=adapter.lora_id if adapter else None,
@@ -142,32 +186,26 @@ class Replies:
             messages=reply.request.messages,
             template_kwargs=reply.request.template_kwargs,
             prompt_token_ids=reply.stream.prompt_token_ids,
-            response_token_ids=tuple(token.id for token in reply.tokens),
-            response_logprobs=tuple(token.logprob for token in reply.tokens),
+            response_token_ids=tuple(token.id for token in tokens),
+            response_logprobs=tuple(token.logprob for token in tokens),
             sampling=reply.request.sampling,
             finish_reason=finish_reason,
             text=visible_text(reply.text),
         )
 
 
-async def admit(services: Services, ask: Ask) -> Replies:
-    """Start all replies, or none. Raises what `resolve_model` and `InferenceBackend.stream` raise."""
-    ref = await services.lifecycle.resolve_model(ask.model)
-    replies: list[Reply] = []
-    async with AsyncExitStack() as on_failure:
-        for index in range(ask.n):
-            request = GenerationRequest(
-                messages=ask.messages,
-                prompt=ask.prompt,
-                template_kwargs=ask.template_kwargs,
-                adapter=ref,
-                sampling=_sampling_of(ask.sampling, index),
-            )
-            reply = await _start(services, request, index)
-            on_failure.push_async_callback(reply.stream.aclose)
-            replies.append(reply)
-        on_failure.pop_all()
-    return Replies(services, ask, ref, replies)
+async def _all_or_none(starts: Sequence[Coroutine[Any, Any, Reply]]) -> list[Reply]:
+    """All at once. If one fails, or this is cancelled, the others are stopped before that is raised."""
+    tasks = [asyncio.create_task(start) for start in starts]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(outcome, Reply):
+                await outcome.stream.aclose()
+        raise
 
 
 async def _start(services: Services, request: GenerationRequest, index: int) -> Reply:

@@ -1,21 +1,24 @@
-"""Answers as they come into being: server-sent events, and clients that leave."""
+"""Answers on their way: whole, or as server-sent events while they come into being; and clients that leave."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
+from urllib.parse import quote
 
-from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from claas.api.errors import body_of, unforeseen
 from claas.api.formats import Format
-from claas.api.serving import Replies
+from claas.api.serving import Ask, Replies
 from claas.core.errors import ClaasError
+from claas.services import Services
+
+CLIENT_LEFT = 499  # nobody reads it but the access log
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -42,54 +45,60 @@ async def _wait_until_left(receive: Receive) -> None:
         pass
 
 
-class ReplyStream(Response):
-    """Replies as server-sent events, each sent when it is sampled. Owns the replies: they are closed whatever happens."""
+class Answer(Response):
+    """Samples the replies that were asked for and sends them. A client that leaves, whenever it does, frees what it held.
+
+    What is raised before a byte was sent is the app's to answer; after that it is the stream's last event.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, replies: Replies, wording: Format, *, include_usage: bool, headers: Mapping[str, str]) -> None:
+    def __init__(self, services: Services, ask: Ask, wording: Format, *, stream: bool) -> None:
         self.status_code = 200
         self.background = None
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
-        self._replies = replies
+        self._services = services
+        self._ask = ask
         self._wording = wording
-        self._include_usage = include_usage
+        self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._replies:
-            await unless_left(receive, self._send(send))
+        response = Response(status_code=CLIENT_LEFT)
+        async with Replies(self._services, self._ask) as replies:
+            if await unless_left(receive, replies.admit()):
+                headers = {"x-claas-adapter": quote(replies.speaker, safe="/@:.~_- ")}
+                if self._stream:
+                    await unless_left(receive, self._send_events(replies, headers, send))
+                    return
+                if await unless_left(receive, replies.drain()):
+                    response = Response(self._wording.whole(replies).model_dump_json(), media_type="application/json", headers=headers)
+        await response(scope, receive, send)
 
-    async def _send(self, send: Send) -> None:
+    async def _send_events(self, replies: Replies, headers: Mapping[str, str], send: Send) -> None:
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async with aclosing(self._events()) as events:
-                async for event in events:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
+            async with aclosing(self._body(replies)) as body:
+                async for piece in body:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except OSError:
             return  # how some servers say that the client left
 
-    async def _events(self) -> AsyncGenerator[bytes]:
+    async def _body(self, replies: Replies) -> AsyncGenerator[bytes]:
+        """Events that are there at once go out at once, in one piece."""
         try:
-            for reply in self._replies.replies:
-                for event in self._wording.opening(reply.index):
-                    yield self._event(event)
-            async for index, chunk in self._replies:
-                for event in self._wording.pieces(index, chunk):
-                    yield self._event(event)
-            if self._include_usage:
-                yield self._event(self._wording.usage(self._replies))
-            yield b"data: [DONE]\n\n"
+            if opening := _framed(self._wording.opening()):
+                yield opening
+            async for sampled in replies:
+                if piece := _framed(event for index, chunk in sampled for event in self._wording.pieces(index, chunk)):
+                    yield piece
+            yield _framed([*self._wording.closing(replies), b"[DONE]"])
         except ClaasError as error:
-            yield _data(body_of(error).model_dump_json())
+            yield _framed([body_of(error).model_dump_json().encode()])
         except Exception:
-            log.exception("%s broke while it was streamed", self._replies.ask.id)
-            yield _data(unforeseen(self._replies.ask.id).model_dump_json())
-
-    def _event(self, event: BaseModel) -> bytes:
-        # OpenAI: with include_usage every chunk but the last says usage: null
-        return _data(event.model_dump_json(exclude_unset=True))
+            log.exception("%s broke while it was streamed", self._ask.id)
+            yield _framed([unforeseen(self._ask.id).model_dump_json().encode()])
 
 
-def _data(json: str) -> bytes:
-    return f"data: {json}\n\n".encode()
+def _framed(events: Iterable[bytes]) -> bytes:
+    return b"".join([b"data: %b\n\n" % event for event in events])

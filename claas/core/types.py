@@ -31,10 +31,14 @@ class Frozen(BaseModel):
 
 
 class ChatMessage(Frozen):
-    """One turn as the chat template sees it. `content` is plain text; `None` only beside `tool_calls`."""
+    """One turn as the chat template sees it. `content` is plain text; `None` only beside `tool_calls`.
+
+    `reasoning_content` is what an assistant thought before it said this; templates that keep none of it leave it out.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | None = None
+    reasoning_content: str | None = None
     name: str | None = None
     tool_calls: tuple[dict[str, JsonValue], ...] | None = None
     tool_call_id: str | None = None

@@ -50,8 +50,8 @@ def route_and_body(request: GenerationRequest, model: str, tokenizer: PreTrained
         return TEXT, body | {"prompt": prompt, "logprobs": sampling.top_logprobs}
     body |= {"messages": [_message(tokenizer, message) for message in request.messages], "logprobs": True}
     body |= {"top_logprobs": sampling.top_logprobs, "chat_template_kwargs": _template_kwargs(request, tokenizer)}
-    if request.tools:
-        body |= {"tools": _safe(tokenizer, list(request.tools)), "tool_choice": request.tool_choice or "auto"}
+    if tools := request.tools or request.template_kwargs.get("tools"):  # the latter stand in the prompt, and are not to be called
+        body |= {"tools": _safe(tokenizer, tools), "tool_choice": (request.tool_choice or "auto") if request.tools else "none"}
         body |= {} if request.parallel_tool_calls is None else {"parallel_tool_calls": request.parallel_tool_calls}
     return CHAT, body | ({"response_format": request.response_format} if request.response_format else {})
 

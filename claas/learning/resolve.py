@@ -87,8 +87,11 @@ def _trouble(rollout: Rollout, item: FeedbackItem, base_model_id: str) -> str | 
         return "is empty"
     if not any(message.role == "user" for message in rollout.messages):
         return "has no user message: only chat completions can be learnt from"
-    if item.rating == 1 and not (item.feedback or item.demonstration or rollout.text.strip()):
-        return "shows no text, so a good rating has nothing to keep"
+    if item.rating == 1 and not (item.feedback or item.demonstration):
+        if rollout.finish_reason == "tool_calls":
+            return "ends in tool calls, which a good rating cannot keep: say in words what was good about it"
+        if not rollout.text.strip():
+            return "shows no text, so a good rating has nothing to keep"
     return None
 
 

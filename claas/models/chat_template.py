@@ -74,22 +74,25 @@ def _turn(tokenizer: PreTrainedTokenizerBase, message: ChatMessage, template: st
     turn["content"] = None if message.content is None else neutralise(tokenizer, message.content)
     if message.tool_calls:
         turn["tool_calls"] = [_neutral(tokenizer, _parsed_arguments(call)) for call in message.tool_calls]
-    for key, value in (("name", message.name), ("tool_call_id", message.tool_call_id)):
-        if value is not None:
-            turn[key] = neutralise(tokenizer, value)
+    optional = {"name": message.name, "tool_call_id": message.tool_call_id}
+    thought = dict.fromkeys(("reasoning_content", "reasoning"), message.reasoning_content)  # templates know it by either name
+    turn |= {key: neutralise(tokenizer, value) for key, value in (optional | thought).items() if value is not None}
     return turn
 
 
 def _parsed_arguments(call: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Templates expect a call's arguments as an object; on the wire they are its JSON text."""
+    """Templates expect a call's arguments as an object; on the wire they are its JSON text.
+
+    A model wrote that text. Where it is no object it reads as an empty one, as serving engines do, or the conversation would be stuck.
+    """
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return dict(call)
     try:
-        arguments = json.loads(str(function["arguments"]) or "{}")
-    except ValueError as error:
-        raise BadRequest("a tool call's arguments are not JSON", param="messages") from error
-    return {**call, "function": {**function, "arguments": arguments}}
+        arguments = json.loads(str(function["arguments"]))
+    except ValueError:
+        arguments = {}
+    return {**call, "function": {**function, "arguments": arguments if isinstance(arguments, dict) else {}}}
 
 
 def _neutral(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:

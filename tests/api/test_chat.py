@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
@@ -12,7 +13,7 @@ from claas.api.schemas.chat import ChatCompletionRequest
 from claas.core.errors import StorageFull
 from claas.core.types import ChatMessage
 from tests.api.wire import CHAT, HELLO, assert_error, chat
-from tests.doubles.inference import EOS_TEXT, logprob_of
+from tests.doubles.inference import EOS_TEXT, Steps, logprob_of
 from tests.doubles.services import ADAPTER, BASE_MODEL, World
 
 REPLY = f"[{ADAPTER}@0] Hello"
@@ -85,6 +86,27 @@ async def test_n_replies_are_admitted_all_or_none(client: httpx.AsyncClient, wor
     assert not world.rollouts.kept
 
 
+async def test_n_replies_are_admitted_at_once(client: httpx.AsyncClient, world: World) -> None:
+    world.inference.doors = doors = Steps()
+    asking = asyncio.create_task(chat(client, n=3, seed=5))
+    asked = [await asyncio.wait_for(world.inference.asked.get(), 10) for _ in range(3)]
+    assert [request.sampling.seed for request in asked] == [5, 6, 7]
+    doors.release_many(3)
+    assert len((await asking)["choices"]) == 3
+
+
+async def test_one_that_is_refused_stops_those_that_still_wait(client: httpx.AsyncClient, world: World) -> None:
+    world.inference.doors = doors = Steps(1)
+    world.inference.max_running = 1
+    asking = asyncio.create_task(client.post(CHAT, json=HELLO | {"n": 4}))
+    for _ in range(4):
+        await asyncio.wait_for(world.inference.asked.get(), 10)
+    doors.release()  # the first was let in, the second is refused, two wait
+    assert_error(await asyncio.wait_for(asking, 10), 429, says="slots")
+    assert not world.inference.running
+    assert not world.rollouts.kept
+
+
 async def test_logprobs_list_every_sampled_token(client: httpx.AsyncClient, world: World) -> None:
     world.inference.reply = lambda _: "é!"
     answer = await chat(client, logprobs=True, top_logprobs=2)
@@ -133,7 +155,7 @@ async def test_text_parts_are_joined(client: httpx.AsyncClient, world: World) ->
 
 async def test_an_answer_s_message_can_be_sent_back(client: httpx.AsyncClient) -> None:
     message = (await chat(client))["choices"][0]["message"]
-    nulls: dict[str, Any] = {"audio": None, "function_call": None, "tool_calls": None, "annotations": []}
+    nulls: dict[str, Any] = {"audio": None, "function_call": None, "tool_calls": None, "reasoning_content": None, "annotations": []}
     await chat(client, messages=[*HELLO["messages"], message | nulls, {"role": "user", "content": "And?"}])
 
 
@@ -184,8 +206,11 @@ NEUTRAL: dict[str, Any] = {
 }
 
 
-async def test_values_that_ask_for_nothing_are_accepted(client: httpx.AsyncClient) -> None:
+async def test_values_that_ask_for_nothing_are_accepted(client: httpx.AsyncClient, world: World) -> None:
     await chat(client, **NEUTRAL)
+    (asked,) = world.inference.requests
+    assert (asked.tools, asked.tool_choice, asked.parallel_tool_calls, asked.response_format) == ((), None, None, None)
+    assert asked.template_kwargs == {}
 
 
 async def test_null_is_the_same_as_leaving_out(client: httpx.AsyncClient) -> None:
@@ -194,11 +219,8 @@ async def test_null_is_the_same_as_leaving_out(client: httpx.AsyncClient) -> Non
 
 
 UNSUPPORTED: dict[str, Any] = {
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "auto",
     "functions": [{"name": "f"}],
     "function_call": "auto",
-    "response_format": {"type": "json_object"},
     "presence_penalty": 0.5,
     "frequency_penalty": -1,
     "logit_bias": {"50256": -100},
@@ -238,13 +260,12 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": "Hello"}, "messages", "list"),
     ({"messages": [7]}, "messages.0", "an object"),
     ({"messages": turn(role="robot")}, "messages.0.role", "'user'"),
-    ({"messages": turn(role="tool", tool_call_id="c")}, "messages.0.role", "tools are not supported"),
+    ({"messages": turn(role="function", name="f")}, "messages.0.role", "send tools"),
     ({"messages": turn(content=None)}, "messages.0.content", "string"),
     ({"messages": turn(content=[])}, "messages.0.content", "empty"),
     ({"messages": turn(content=[IMAGE])}, "messages.0.content", "image_url"),
     ({"messages": turn(content=["x"])}, "messages.0.content", "every part"),
     ({"messages": turn(content=[{"type": "text", "text": 7}])}, "messages.0.content", "every part"),
-    ({"messages": turn(tool_calls=[{"id": "c"}])}, "messages.0.tool_calls", "not supported"),
     ({"messages": turn(mood="good")}, "messages.0.mood", "unknown"),
     ({"messages": [{"role": "user"}]}, "messages.0.content", "missing"),
     ({"messages": turn(name="a b")}, "messages.0.name", "match"),

@@ -10,7 +10,7 @@ import pytest
 from claas.api.app import create_app
 from claas.api.errors import TABLE, kind_of
 from claas.core import errors
-from claas.core.errors import ClaasError, Overloaded
+from claas.core.errors import BackendUnavailable, ClaasError, Overloaded, UpstreamRefused
 from tests.api.conftest import LOCAL
 from tests.api.wire import assert_error
 from tests.doubles.services import World
@@ -19,6 +19,7 @@ STATUS = {
     "ConfigurationError": 500,
     "BadRequest": 400,
     "ContextOverflow": 400,
+    "UpstreamRefused": 418,
     "AuthenticationFailed": 401,
     "NotFound": 404,
     "Conflict": 409,
@@ -39,7 +40,9 @@ def test_the_table_holds_the_whole_tree() -> None:
 
 
 def an_error(cls: type[ClaasError]) -> ClaasError:
-    return Overloaded("the queue is full", retry_after_s=7) if issubclass(cls, Overloaded) else cls("it went wrong")
+    if issubclass(cls, Overloaded):
+        return Overloaded("the queue is full", retry_after_s=7)
+    return UpstreamRefused("no tea here", status=418) if issubclass(cls, UpstreamRefused) else cls("it went wrong")
 
 
 @pytest.mark.parametrize("cls", TREE)
@@ -51,6 +54,20 @@ async def test_each_class_has_its_status_and_type(client: httpx.AsyncClient, wor
     assert error["type"] == kind_of(an_error(cls)).type
     waits = {"Overloaded": "7", "AdapterBusy": "10", "BackendUnavailable": "5"}
     assert response.headers.get("retry-after") == waits.get(cls.__name__)
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 451])
+async def test_an_upstream_s_refusal_keeps_its_status_text_and_field(client: httpx.AsyncClient, world: World, status: int) -> None:
+    world.engine.breakage = UpstreamRefused("'tool_choice' needs a parser", status=status, param="tool_choice")
+    error = assert_error(await client.get("/v1/lora"), status, param="tool_choice", says="needs a parser")
+    assert (error["type"], error["code"]) == ("invalid_request_error", "upstream_refused")
+
+
+async def test_a_backend_that_knows_when_it_is_back_says_so(client: httpx.AsyncClient, world: World) -> None:
+    world.engine.breakage = BackendUnavailable("an update is under way", retry_after_s=42)
+    response = await client.get("/v1/lora")
+    assert_error(response, 503, says="update")
+    assert response.headers["retry-after"] == "42"
 
 
 async def test_a_new_branch_answers_as_its_parent_does(client: httpx.AsyncClient, world: World) -> None:

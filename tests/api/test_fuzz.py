@@ -35,6 +35,7 @@ FIELDS = sorted(
         "logprobs",
         "top_logprobs",
         "tools",
+        "tool_choice",
         "metadata",
         "user",
         "wait",
@@ -52,11 +53,32 @@ scalars = (
     | st.integers()
     | st.floats()
     | st.text(max_size=8)
-    | st.sampled_from(["text", "user", ADAPTER])
+    | st.sampled_from(["text", "user", "tool", "function", "auto", "json_schema", ADAPTER])
 )
 values = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*FIELDS, "role", "content", "type"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    *FIELDS,
+                    "role",
+                    "content",
+                    "type",
+                    "function",
+                    "name",
+                    "parameters",
+                    "tool_calls",
+                    "tool_call_id",
+                    "json_schema",
+                    "schema",
+                ]
+            ),
+            inner,
+            max_size=3,
+        )
+    ),
 )
 changes = st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), values, max_size=3)
 

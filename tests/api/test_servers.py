@@ -33,18 +33,19 @@ async def app(world: World) -> AsyncIterator[ASGIApp]:
 
 
 class Connection:
-    """One request that sends `body` and then stays; what the app sends is counted, and fails after `sends`."""
+    """One request that sends `body` and then stays until `left`; what the app sends is counted, and fails after `sends`."""
 
     def __init__(self, body: dict[str, Any], sends: int = 1000) -> None:
         self._messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
         self._sends = sends
+        self.left = asyncio.Event()
         self.sent: list[Message] = []
 
     async def receive(self) -> Message:
         if self._messages:
             return self._messages.pop()
-        await asyncio.Event().wait()
-        raise AssertionError("unreachable")
+        await self.left.wait()
+        return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
         if len(self.sent) >= self._sends:
@@ -77,3 +78,32 @@ async def test_a_request_that_the_server_cancels_is_stored(app: ASGIApp, world: 
     (rollout,) = world.rollouts.kept.values()
     assert (rollout.finish_reason, len(rollout.response_token_ids)) == ("abort", 3)
     assert not world.inference.running
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_while_it_waits_to_be_admitted(app: ASGIApp, world: World, stream: bool) -> None:
+    world.inference.doors = Steps(1)  # of three replies one is let in
+    connection = Connection(HELLO | {"stream": stream, "n": 3})
+    serving = asyncio.ensure_future(app(SCOPE, connection.receive, connection.send))
+    for _ in range(3):
+        await asyncio.wait_for(world.inference.asked.get(), 10)
+    connection.left.set()
+    await asyncio.wait_for(serving, 10)
+    assert [message.get("status") for message in connection.sent[:1]] == [499]
+    assert not world.inference.running
+    assert not world.rollouts.kept
+    world.inference.doors.release()
+    await asyncio.wait_for(world.inference.doors.acquire(), 10)  # nobody else waits there any more
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_request_that_the_server_cancels_while_it_is_admitted(app: ASGIApp, world: World, stream: bool) -> None:
+    world.inference.doors = doors = Steps(1)
+    connection = Connection(HELLO | {"stream": stream, "n": 2})
+    serving = asyncio.ensure_future(app(SCOPE, connection.receive, connection.send))
+    await asyncio.wait_for(doors.blocked.wait(), 10)
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+    assert not world.inference.running
+    assert not connection.sent

@@ -1,18 +1,40 @@
-"""A serving engine of characters: one token for each, ids are code points, and a function says what is replied."""
+"""A serving engine of characters: one token for each, ids are code points, and a function says what is thought, replied and called.
+
+It knows every field of a request, and refuses none.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from claas.core.errors import BackendUnavailable, ContextOverflow, Overloaded
-from claas.core.types import FinishReason, LoraRuntimeRef, RoomPlan, ServiceHealth
-from claas.inference.base import GenerationChunk, GenerationRequest, InferenceBackend, Room, SampledToken, Score, TokenStream
+from claas.core.types import FinishReason, LoraRuntimeRef, RoomPlan, ServiceHealth, ToolCall
+from claas.inference.base import (
+    GenerationChunk,
+    GenerationRequest,
+    InferenceBackend,
+    Room,
+    SampledToken,
+    Score,
+    TokenStream,
+    ToolCallPiece,
+)
 
 EOS = 0
 EOS_TEXT = "<eos>"
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A reply with more to it than text."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 def echo(request: GenerationRequest) -> str:
@@ -39,7 +61,7 @@ class Steps(asyncio.Semaphore):
 
 
 class CharStream(TokenStream):
-    """Emits the script one character a step. Counts as running until it ends or is closed."""
+    """Emits the script one character a step, and a call's name whole. Counts as running until it ends or is closed."""
 
     def __init__(self, backend: CharInference, request: GenerationRequest) -> None:
         self.prompt_token_ids = prompt_ids(request)
@@ -55,20 +77,20 @@ class CharStream(TokenStream):
         await self._chunks.aclose()
 
     async def _generate(self) -> AsyncGenerator[GenerationChunk]:
-        visible, token_ids, finish = script(self._request, self._backend.reply(self._request))
-        for position, token_id in enumerate(token_ids):
+        steps, finish = script(self._request, self._backend.reply(self._request))
+        for position, (token_ids, step) in enumerate(steps):
             if self._backend.steps is not None:
                 await self._backend.steps.acquire()
             else:
                 await asyncio.sleep(0)
             if self._backend.broken_after is not None and position >= self._backend.broken_after:
                 raise self._backend.breakage
-            if self._backend.closed:
-                finish, token_ids = "abort", token_ids[: position + 1]
-            last = position == len(token_ids) - 1
+            last = self._backend.closed or position == len(steps) - 1
             if last:
                 self._backend.running.discard(self)
-            yield GenerationChunk(visible[position : position + 1], (self._sampled(token_id),), finish if last else None)
+            tokens = tuple(map(self._sampled, token_ids))
+            ending: FinishReason = "abort" if self._backend.closed else finish
+            yield replace(step, tokens=tokens, finish_reason=ending if last else None)
             if last:
                 return
 
@@ -78,13 +100,16 @@ class CharStream(TokenStream):
 
 
 class CharInference(InferenceBackend):
-    """`reply` scripts the answers. With `steps`, every token waits for one release of it. `broken_after` tokens, `breakage` is raised."""
+    """`reply` scripts the answers. With `steps`, every token waits for one release of it. `broken_after` tokens, `breakage` is raised.
+
+    With `doors`, every admission waits for one release of it; `asked` has one entry for each that came to them.
+    """
 
     kind: Literal["embedded", "vllm", "tinker", "modal"] = "embedded"
 
     def __init__(
         self,
-        reply: Callable[[GenerationRequest], str] = echo,
+        reply: Callable[[GenerationRequest], str | Said] = echo,
         *,
         steps: asyncio.Semaphore | None = None,
         max_context: int = 4096,
@@ -94,6 +119,8 @@ class CharInference(InferenceBackend):
         self.steps = steps
         self.max_context = max_context
         self.max_running = max_running
+        self.doors: asyncio.Semaphore | None = None
+        self.asked: asyncio.Queue[GenerationRequest] = asyncio.Queue()
         self.requests: list[GenerationRequest] = []
         self.running: set[CharStream] = set()
         self.active: list[LoraRuntimeRef] = []
@@ -111,6 +138,9 @@ class CharInference(InferenceBackend):
         wanted = len(prompt_ids(request)) + (request.sampling.max_tokens or 1)
         if wanted > self.max_context:
             raise ContextOverflow(f"{wanted} tokens are asked for and the context holds {self.max_context}: shorten the conversation")
+        self.asked.put_nowait(request)
+        if self.doors is not None:
+            await self.doors.acquire()
         if len(self.running) >= self.max_running:
             raise Overloaded("all slots are taken: try again soon", retry_after_s=3)
         self.requests.append(request)
@@ -159,7 +189,7 @@ class CharInference(InferenceBackend):
 
 
 def prompt_ids(request: GenerationRequest) -> tuple[int, ...]:
-    text = request.prompt if request.prompt is not None else "".join(f"{m.role}:{m.content}\n" for m in request.messages)
+    text = request.prompt if request.prompt is not None else "".join(f"{m.role}:{m.content or ''}\n" for m in request.messages)
     return tuple(map(ord, text))
 
 
@@ -168,14 +198,36 @@ def logprob_of(token_id: int) -> float:
     return -(token_id % 64) / 64
 
 
-def script(request: GenerationRequest, text: str) -> tuple[str, list[int], FinishReason]:
-    """The visible text, the sampled ids and how it ends, under the request's stop strings and length limit."""
-    token_ids, visible = [*map(ord, text), EOS], text
-    cuts = [(text.find(stop), stop) for stop in request.sampling.stop if stop in text]
+Step = tuple[list[int], GenerationChunk]
+
+
+def script(request: GenerationRequest, said: str | Said) -> tuple[list[Step], FinishReason]:
+    """What each step samples and shows, and how it ends, under the request's stop strings and length limit."""
+    said = Said(said) if isinstance(said, str) else said
+    steps: list[Step] = [([ord(char)], GenerationChunk("", (), reasoning=char)) for char in said.reasoning]
+    finish: FinishReason = "tool_calls" if said.tool_calls else "stop"
+    cuts = [(said.text.find(stop), stop) for stop in request.sampling.stop if stop in said.text]
     if cuts:
         at, stop = min(cuts)
-        token_ids, visible = token_ids[: at + len(stop)], text[:at]
-    limit = request.sampling.max_tokens
-    if limit is not None and limit < len(token_ids):
-        return visible[:limit], token_ids[:limit], "length"
-    return visible, token_ids, "stop"
+        steps += [([ord(char)], GenerationChunk(char, ())) for char in said.text[:at]]
+        steps += [([ord(char)], GenerationChunk("", ())) for char in stop]
+        finish = "stop"
+    else:
+        steps += [([ord(char)], GenerationChunk(char, ())) for char in said.text]
+        for index, call in enumerate(said.tool_calls):
+            steps.append(([*map(ord, call.name)], GenerationChunk("", (), tool_calls=(ToolCallPiece(index, "", call.id, call.name),))))
+            steps += [([ord(char)], GenerationChunk("", (), tool_calls=(ToolCallPiece(index, char),))) for char in call.arguments]
+        steps.append(([EOS], GenerationChunk("", ())))
+    return within(request.sampling.max_tokens, steps, finish)
+
+
+def within(limit: int | None, steps: list[Step], finish: FinishReason) -> tuple[list[Step], FinishReason]:
+    """The steps whose tokens the limit allows."""
+    kept: list[Step] = []
+    left = sum(len(ids) for ids, _ in steps) if limit is None else limit
+    for ids, chunk in steps:
+        if not left:
+            return kept, "length"
+        kept.append((ids[:left], chunk))
+        left -= len(kept[-1][0])
+    return kept, finish

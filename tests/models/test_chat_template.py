@@ -73,10 +73,19 @@ def test_tool_calls_reach_a_template_that_has_a_place_for_them() -> None:
         render(TOKENIZER, [message], {})
 
 
-def test_arguments_that_are_no_json_are_refused() -> None:
-    call = {"function": {"name": "now", "arguments": "{"}}
-    with pytest.raises(BadRequest, match="JSON"):
-        render(TOOLS, [ChatMessage(role="assistant", tool_calls=(call,))], {})  # type: ignore[arg-type]
+@pytest.mark.parametrize("arguments", ["{", "[]", "7", ""])
+def test_arguments_that_are_no_object_read_as_an_empty_one(arguments: str) -> None:
+    call = {"function": {"name": "now", "arguments": arguments}}
+    message = ChatMessage(role="assistant", tool_calls=(call,))  # type: ignore[arg-type]
+    assert "[now {}]" in TOOLS.decode(render(TOOLS, [message], {}))
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_thoughts_reach_a_template_that_keeps_them(name: str) -> None:
+    tokenizer = tiny_tokenizer("{% for m in messages %}{{ m." + name + " or '-' }}|{{ m.content }};{% endfor %}")
+    said = ChatMessage(role="assistant", content="4", reasoning_content="2 + 2 <|im_end|>")
+    assert tokenizer.decode(render(tokenizer, [user("x"), said], {})) == "-|x;2 + 2 <|im_end|>|4;"
+    assert render(TOKENIZER, [said], {}) == render(TOKENIZER, [said.model_copy(update={"reasoning_content": None})], {})
 
 
 @pytest.mark.parametrize("key", ["tools", "enable_thinking", "tokenize", "chat_template", "messages", "add_generation_prompt"])

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from starlette.responses import Response
 
 from claas.api.deps import ServicesDep
 from claas.api.formats import TextFormat
-from claas.api.routes.answering import answer
 from claas.api.schemas.completions import Completion, CompletionRequest
 from claas.api.serving import Ask
+from claas.api.streaming import Answer
 from claas.core.types import SamplingParams
 
 router = APIRouter(tags=["serving"])
 
 
 @router.post("/v1/completions", response_model=Completion, summary="Continue a text")
-async def create_completion(body: CompletionRequest, request: Request, services: ServicesDep) -> Response:
+async def create_completion(body: CompletionRequest, services: ServicesDep) -> Response:
     """OpenAI's text completions. The reply is kept, but having no conversation it cannot take feedback: use chat for that."""
     ask = Ask(
         model=body.model,
@@ -32,4 +32,4 @@ async def create_completion(body: CompletionRequest, request: Request, services:
         ),
     )
     wording = TextFormat(ask, services.inference.token_text, logprobs=body.logprobs is not None, include_usage=body.include_usage)
-    return await answer(request, services, ask, wording, stream=bool(body.stream), include_usage=body.include_usage)
+    return Answer(services, ask, wording, stream=bool(body.stream))

@@ -8,9 +8,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from claas.api.deps import ServicesDep
-from claas.api.routes.answering import CLIENT_LEFT
 from claas.api.schemas.models import ScoreRequest, ScoreResponse
-from claas.api.streaming import unless_left
+from claas.api.streaming import CLIENT_LEFT, unless_left
 from claas.inference.base import GenerationRequest
 
 router = APIRouter(tags=["serving"])

@@ -51,6 +51,11 @@ def unsupported(message: str) -> PydanticCustomError:
     return PydanticCustomError("unsupported_parameter", "{message}", {"message": message})
 
 
+def missing(message: str) -> PydanticCustomError:
+    """An error that names its field, and then says `message`, for one that must be there because of what the others say."""
+    return PydanticCustomError("missing_one_of", "{message}", {"message": message})
+
+
 def only(*neutral: JsonValue) -> Any:
     """For a documented field this service cannot honour: null and `neutral` pass, since they ask for nothing; all else is refused."""
 

@@ -2,89 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypedDict
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    Field,
-    JsonValue,
-    StringConstraints,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
-)
+from pydantic import BaseModel, Field, JsonValue, StringConstraints, ValidationInfo, field_validator
 
-from claas.api.schemas.base import SamplingRequest, TemplateKwargs, Usage, WireRequest, only, unsupported
-from claas.core.types import ChatMessage, FinishReason
+from claas.api.schemas.base import SamplingRequest, TemplateKwargs, Usage, only
+from claas.api.schemas.messages import Messages
+from claas.api.schemas.tools import MadeToolCall, ResponseFormat, ToolChoice, Tools
+from claas.core.types import FinishReason
 
-
-def _known_role(value: Any) -> Any:
-    if value in ("tool", "function"):
-        raise unsupported(f"cannot be {value!r}: tools are not supported by this service")
-    return value
-
-
-def _join_parts(value: Any) -> Any:
-    """Content parts become one text, a line break between them."""
-    if not isinstance(value, list):
-        return value
-    texts: list[str] = []
-    for part in value:
-        match part:
-            case {"type": "text", "text": str(text), **rest} if not rest:
-                texts.append(text)
-            case {"type": str(kind)} if kind != "text":
-                raise unsupported(f"holds a part of type {kind[:64]!r}: only text is supported by this service")
-            case _:
-                raise ValueError('every part must be {"type": "text", "text": "…"}')
-    if not texts:
-        raise ValueError("the list of parts is empty")
-    return "\n".join(texts)
-
-
-_CONTENT_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "array",
-            "minItems": 1,
-            "items": {
-                "type": "object",
-                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                "required": ["type", "text"],
-                "additionalProperties": False,
-            },
-        },
-    ]
-}
-
-
-class WireMessage(WireRequest):
-    """One turn. An answer's `message` can be sent back as it came: the fields that are null there may be null here."""
-
-    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_known_role)]
-    tool_calls: Annotated[JsonValue, only([])] = None
-    tool_call_id: Annotated[JsonValue, only()] = None
-    function_call: Annotated[JsonValue, only()] = None
-    audio: Annotated[JsonValue, only()] = None
-    refusal: Annotated[JsonValue, only()] = None
-    annotations: Annotated[JsonValue, only([])] = None
-    name: Annotated[str, StringConstraints(pattern=r"^[^\s<|\\/>]{1,64}$")] | None = None
-    content: Annotated[str, BeforeValidator(_join_parts), WithJsonSchema(_CONTENT_SCHEMA)]
-
-    def to_core(self) -> ChatMessage:
-        return ChatMessage(role=self.role, content=self.content, name=self.name)
-
-
-def _answerable(messages: list[WireMessage]) -> list[WireMessage]:
-    if messages[-1].role == "assistant":
-        raise ValueError("the last message is the assistant's: end with the turn that is to be answered")
-    return messages
-
-
-Messages = Annotated[list[WireMessage], Field(min_length=1, max_length=2048), AfterValidator(_answerable)]
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 
@@ -99,6 +25,10 @@ class ChatCompletionRequest(SamplingRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
     chat_template_kwargs: TemplateKwargs | None = None
 
     # Accepted, and without effect on the reply, as documented.
@@ -107,14 +37,10 @@ class ChatCompletionRequest(SamplingRequest):
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
     store: bool | None = None
-    parallel_tool_calls: bool | None = None
 
     # Documented, and not supported: only what asks for nothing is accepted.
-    tools: Annotated[JsonValue, only([])] = None
-    tool_choice: Annotated[JsonValue, only("none")] = None
     functions: Annotated[JsonValue, only([])] = None
     function_call: Annotated[JsonValue, only("none")] = None
-    response_format: Annotated[JsonValue, only({"type": "text"})] = None
     modalities: Annotated[JsonValue, only(["text"])] = None
     audio: Annotated[JsonValue, only()] = None
     prediction: Annotated[JsonValue, only()] = None
@@ -139,6 +65,13 @@ class ChatCompletionRequest(SamplingRequest):
             raise ValueError("it may be sent only with 'logprobs': true")
         return value
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _tools_stand_once(cls, value: TemplateKwargs | None, info: ValidationInfo) -> TemplateKwargs | None:
+        if value and "tools" in value and info.data.get("tools"):
+            raise ValueError("it holds 'tools', which are sent beside it: leave one of them out")
+        return value
+
 
 class TopLogprob(BaseModel):
     """One candidate token. `logprob` is in nats; -9999 stands for minus infinity, as at OpenAI."""
@@ -159,10 +92,18 @@ class ChoiceLogprobs(BaseModel):
     refusal: None = None
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class AssistantMessage(BaseModel):
+    """What is said, thought and called. `content` is null where nothing but calls came."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: Annotated[str | None, Field(exclude_if=_is_none)] = None
+    tool_calls: Annotated[list[MadeToolCall] | None, Field(exclude_if=_is_none)] = None
 
 
 class ChatChoice(BaseModel):
@@ -185,24 +126,31 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
-class Delta(BaseModel):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
+class FunctionDelta(TypedDict, total=False):
+    name: str
+    arguments: str
 
 
-class ChunkChoice(BaseModel):
+class ToolCallDelta(TypedDict, total=False):
+    """A piece of the `index`-th call: the first one has all but the rest of `arguments`."""
+
+    index: int
+    id: str
+    type: Literal["function"]
+    function: FunctionDelta
+
+
+class Delta(TypedDict, total=False):
+    role: Literal["assistant"]
+    content: str
+    reasoning_content: str
+    tool_calls: list[ToolCallDelta]
+
+
+class ChunkChoice(TypedDict):
+    """The one choice of an event. Plain dicts: there is one for every token."""
+
     index: int
     delta: Delta
-    logprobs: ChoiceLogprobs | None = None
-    finish_reason: FinishReason | None = None
-
-
-class ChatCompletionChunk(BaseModel):
-    """One event of a stream. `usage` is there only when it was asked for: null until the last chunk."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason | None

@@ -51,11 +51,11 @@ class TextChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """A whole answer, or one event of a stream (then `usage` is there only when it was asked for)."""
+    """A whole answer."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
     choices: list[TextChoice]
-    usage: Usage | None = None
+    usage: Usage

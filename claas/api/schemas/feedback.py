@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue, StringConstraints, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from claas.api.schemas.base import AdapterId, OpaqueId, WireRequest, unsupported
+from claas.api.schemas.base import AdapterId, OpaqueId, WireRequest, missing, unsupported
 from claas.core.types import DistillResponse, Rating, RoomPlan, TrainingConfig
 from claas.learning.types import FeedbackItem, LessonResult, Shown
 
@@ -48,7 +48,7 @@ class FeedbackEntry(WireRequest):
     @classmethod
     def _says_something(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None and info.data.get("rating") is None and info.data.get("demonstration") is None:
-            raise PydanticCustomError("missing_one_of", "is missing: send 'feedback', 'rating' or 'demonstration'")
+            raise missing("is missing: send 'feedback', 'rating' or 'demonstration'")
         return value
 
     @model_validator(mode="after")

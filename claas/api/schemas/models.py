@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from claas.api.schemas.base import TemplateKwargs, WireRequest
-from claas.api.schemas.chat import Messages
+from claas.api.schemas.messages import Messages
 
 
 class ModelCard(BaseModel):
