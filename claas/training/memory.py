@@ -39,13 +39,13 @@ def step_bytes(base: LoadedModel, tokens: int, *, weights: int) -> int:
     adapter = ADAPTER_COPIES * torch.float32.itemsize * rank * _linear_features(base)
     head: nn.Linear = base.module.get_output_embeddings()
     logits = LOGIT_COPIES * CHUNK * head.out_features * base.dtype.itemsize
-    return weights + adapter + activation_bytes(base, tokens) + logits + RESERVE_BYTES
+    return weights + adapter + activation_bytes(base, tokens, twice=checkpointed(base, tokens)) + logits + RESERVE_BYTES
 
 
-def activation_bytes(base: LoadedModel, tokens: int) -> int:
-    """Estimated bytes that a micro-batch's forward keeps for its backward, and that one layer's backward takes on the way."""
+def activation_bytes(base: LoadedModel, tokens: int, *, twice: bool) -> int:
+    """Estimated bytes that a micro-batch's forward keeps for its backward, whose layers are computed `twice` or kept."""
     graph = _graph_bytes(base, tokens)
-    if not checkpointed(base, tokens):
+    if not twice:
         return graph
     inputs = base.config.num_hidden_layers * base.config.hidden_size * base.dtype.itemsize * _positions(tokens)
     return int(inputs + graph / base.config.num_hidden_layers)
