@@ -74,7 +74,7 @@ class Large(LoadedModel):
 
     @property
     def n_params(self) -> int:
-        return CHECKPOINTED_FROM_PARAMS
+        return int(CHECKPOINTED_FROM_PARAMS)
 
 
 def built(config: PretrainedConfig, folder: Path, kind: type[LoadedModel], dtype: torch.dtype) -> LoadedModel:
@@ -99,7 +99,7 @@ def seen_bytes(base: LoadedModel, folder: Path, tokens: int) -> int:
                 layer.__class__ = LlamaDecoderLayer  # as on a GPU
         result = LessonStep(policy, policy.optimizer(folder, 1e-3), training, [s], lambda: None).run()
     assert len(result.grad_norms) == 1 and result.after is not None, "the whole step ran"
-    return alive.peak
+    return int(alive.peak)
 
 
 def sized(config: PretrainedConfig, device: str, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
