@@ -3,8 +3,8 @@
     pip install 'claas[local]' && python -m benchmarks.gpu_step
 
 The model has Qwen3-8B's sizes and random bfloat16 weights, so nothing is downloaded. Each step is what the engine does when another
-process serves on the same GPU: base weights in, adapter and optimizer made, the whole `LessonStep`, base weights out. The first step of each
-B warms up and is told apart. Needs a CUDA device with about 22 GiB free; writes nothing without one.
+process serves on the same GPU: base weights in, adapter and optimizer made, the whole `LessonStep`, base weights out. The first step of
+each B warms up and is told apart. Needs a CUDA device with about 22 GiB free; writes nothing without one.
 
 `--tiny` runs the same script on the CPU with a toy model, to see that it runs. Its figures mean nothing, and no file is written.
 """

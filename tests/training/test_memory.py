@@ -42,14 +42,18 @@ SIZES: dict[str, Any] = {
     "vocab_size": 2000, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8, "num_attention_heads": 8,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048, "tie_word_embeddings": False,
 }  # fmt: skip
-QWEN3_8B = Qwen3Config(
-    vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
-    head_dim=128, max_position_embeddings=40960, tie_word_embeddings=False,
-)  # fmt: skip
+
+
+def qwen3_8b(layers: int = 36) -> Qwen3Config:
+    """Qwen3-8B's sizes, or as many of its layers."""
+    return Qwen3Config(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=False,
+    )  # fmt: skip
 
 
 class Alive(TorchDispatchMode):
-    """The most bytes that tensors made under it held at one time."""
+    """The most bytes that tensors made under it held at one time; views of what was there before are not counted."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -57,15 +61,17 @@ class Alive(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._note(args, new=False)
         out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._bytes:
-                    self._bytes[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self._bytes.pop, storage._cdata, None)
+        self._note(out if isinstance(out, tuple | list) else (out,), new=True)
         self.peak = max(self.peak, sum(self._bytes.values()))
         return out
+
+    def _note(self, tensors: Any, *, new: bool) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._bytes:
+                self._bytes[storage._cdata] = storage.nbytes() if new else 0
+                weakref.finalize(storage, self._bytes.pop, storage._cdata, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +147,7 @@ def test_computing_layers_twice_takes_less_and_changes_nothing(tmp_path: Path) -
 
 
 def test_a_step_of_an_8b_model_fits_into_22_gib_with_its_weights() -> None:
-    base = sized(QWEN3_8B, "cuda")
+    base = sized(qwen3_8b(), "cuda")
     weights = sum(p.nbytes for p in base.module.parameters())
     assert weights / 2**30 == pytest.approx(15.26, abs=0.01)
     needs = [step_bytes(base, tokens, weights=weights) / 2**30 for tokens in (1, MICRO_BATCH_TOKENS, 2112, 4096)]
@@ -151,7 +157,7 @@ def test_a_step_of_an_8b_model_fits_into_22_gib_with_its_weights() -> None:
 
 @pytest.mark.parametrize("device", ["cuda", "mps", "cpu"])
 def test_large_models_compute_layers_twice_everywhere_and_small_ones_for_long_samples_on_a_gpu(device: str) -> None:
-    assert checkpointed(sized(QWEN3_8B, device), 1)
+    assert checkpointed(sized(qwen3_8b(), device), 1)
     small = sized(Qwen3Config(**SIZES), device)
     assert small.n_params < CHECKPOINTED_FROM_PARAMS
     fit = MICRO_BATCH_TOKENS * MAX_GRAPH_BYTES // activation_bytes(small, MICRO_BATCH_TOKENS, twice=False)
