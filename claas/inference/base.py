@@ -138,7 +138,7 @@ class InferenceBackend(ABC):
 
     kind: Literal["embedded", "vllm", "tinker", "modal"]
 
-    async def begin(self) -> None:
+    async def begin(self) -> None:  # noqa: B027 - most have nothing to prepare
         """Called once, before anything is served. Raises ConfigurationError for a backend that cannot serve this service."""
 
     @abstractmethod
