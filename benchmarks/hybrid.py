@@ -31,7 +31,7 @@ from benchmarks.lessons import LESSONS
 from benchmarks.one_version import ADAPTER, look_again, named
 from benchmarks.stack import Reply, add_options, ask, machine, read, running_stack, spread, write
 
-SMALL_LESSON = {"min_signal": 0.0, "learning_rate": 3e-4, "gradient_steps": 6, "hindsight_rollouts": 4, "anchors": 4, "replay": 4}
+SMALL_LESSON = {"min_signal": 0.0, "learning_rate": 3e-4, "gradient_steps": 4, "hindsight_rollouts": 4, "anchors": 4, "replay": 4}
 BEFORE_ROOM = ("rollouts", "contradictions")
 ROOM = ("drain", "sleep", "distill", "wake")
 AFTER_ROOM = ("check", "save")
