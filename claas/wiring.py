@@ -32,6 +32,7 @@ from claas.storage.database import Database
 if TYPE_CHECKING:
     from claas.models.base_model import LoadedModel
     from claas.models.compute import ComputeShare
+    from claas.training.engine.local import LocalEngine
 
 LOCK_FILE = "claas.lock"
 
@@ -55,6 +56,7 @@ async def open_services(settings: Settings, *, progress: bool = False) -> AsyncI
         from claas.models.compute import ComputeShare
         from claas.models.load import load_base_model
         from claas.training.engine.local import LocalEngine
+        from claas.training.residency import RESIDENT, Visiting
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"{error.name} is missing: pip install 'claas[local]'") from error
 
@@ -63,14 +65,16 @@ async def open_services(settings: Settings, *, progress: bool = False) -> AsyncI
         database = Database(settings.sqlalchemy_url)
         stack.callback(database.close)
         await asyncio.to_thread(database.migrate)
-        base = await asyncio.to_thread(load_base_model, settings, progress=progress)
+        beside_vllm = settings.vllm_base_url is not None
+        base = await asyncio.to_thread(load_base_model, settings, progress=progress, on_host=beside_vllm)
         store = FilesystemAdapterStore(settings.adapters_dir, keep_versions=settings.keep_versions)
         for line in await asyncio.to_thread(lambda: list(store.recover())):
             log.warning("%s", line)
 
         share = ComputeShare(os.cpu_count() or 1)
-        engine = LocalEngine(store, base, share, settings.allowed_init_base_models)
-        inference = await _inference(settings, base, share)
+        residency = await asyncio.to_thread(Visiting, base) if beside_vllm else RESIDENT
+        engine = LocalEngine(store, base, share, settings.allowed_init_base_models, residency)
+        inference = _inference(settings, base, share, engine)
         rollouts = SqlRolloutStore(database, max_count=settings.completion_cache_size, max_age_days=settings.rollout_max_age_days)
         feedback = FeedbackStore(database)
         journal = Journal(database, settings.log_dir)
@@ -90,15 +94,13 @@ async def open_services(settings: Settings, *, progress: bool = False) -> AsyncI
         yield services
 
 
-async def _inference(settings: Settings, base: LoadedModel, share: ComputeShare) -> InferenceBackend:
+def _inference(settings: Settings, base: LoadedModel, share: ComputeShare, engine: LocalEngine) -> InferenceBackend:
     """vLLM, if one is named; else the base model in this process."""
     if settings.vllm_base_url is not None:
         from claas.inference.vllm import VllmInference
         from claas.inference.vllm_control import DeviceMemory
 
-        vllm = VllmInference(settings, base.tokenizer, DeviceMemory(lambda: 0, lambda: None))
-        await vllm.begin()
-        return vllm
+        return VllmInference(settings, base.tokenizer, DeviceMemory(engine.memory_needed, engine.free_memory))
     from claas.inference.embedded import EmbeddedInference
 
     return EmbeddedInference(
@@ -113,6 +115,7 @@ async def _inference(settings: Settings, base: LoadedModel, share: ComputeShare)
 
 async def _begin(services: Services) -> None:
     """Settle what a crash left open; have one adapter ready to learn."""
+    await services.inference.begin()
     for line in await recover(services.engine, services.feedback, services.journal):
         log.warning("%s", line)
     await services.rollouts.prune()

@@ -138,6 +138,9 @@ class InferenceBackend(ABC):
 
     kind: Literal["embedded", "vllm", "tinker", "modal"]
 
+    async def begin(self) -> None:  # noqa: B027 - most have nothing to prepare
+        """Called once, before anything is served. Raises ConfigurationError for a backend that cannot serve this service."""
+
     @abstractmethod
     async def stream(self, request: GenerationRequest) -> TokenStream:
         """Admit the request and return its stream; sampling has not necessarily begun.

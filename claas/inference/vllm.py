@@ -59,7 +59,7 @@ class VllmInference(InferenceBackend):
         self._closing = False
 
     async def begin(self) -> None:
-        """Find vLLM. One that is not there yet is looked for from then on. Raises ConfigurationError for one that cannot serve this."""
+        """Find vLLM, and wake it if need be. One that is not there yet is looked for from then on."""
         await self._control.begin()
 
     async def stream(self, request: GenerationRequest) -> TokenStream:

@@ -15,7 +15,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 class LoadedModel:
     """Frozen base weights in memory, once, with their tokenizer.
 
-    `id` is what requests call the base model; `path` is a hub id or a folder that `from_pretrained` takes.
+    `id` is what requests call the base model; `path` is a hub id or a folder that `from_pretrained` takes. `device` is where it computes:
+    the weights are there, or come there for each step.
     """
 
     id: str

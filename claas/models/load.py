@@ -23,41 +23,46 @@ from claas.models.default_model import DEFAULT_MODEL_ID, default_model
 log = logging.getLogger(__name__)
 
 
-def load_base_model(settings: Settings, *, progress: bool = False) -> LoadedModel:
+def load_base_model(settings: Settings, *, progress: bool = False, on_host: bool = False) -> LoadedModel:
     """Load the base model that the settings name, or the default one, ready to serve and to train adapters on.
+
+    With `on_host` its weights stay in host memory, from where whoever trains takes them to `device`.
 
     Raises:
         ConfigurationError: it cannot be found, read, or served; the message says what to set.
     """
-    return in_fresh_thread(lambda: _load(settings, progress))
+    return in_fresh_thread(lambda: _load(settings, progress, on_host))
 
 
-def _load(settings: Settings, progress: bool) -> LoadedModel:
+def _load(settings: Settings, progress: bool, on_host: bool) -> LoadedModel:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     source = settings.base_model_id
     path: str | Path = default_model(settings.cache_dir, progress=progress) if source is None else _local(source)
     trust = settings.trust_remote_code is not None
-    if settings.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+    attention = settings.attn_implementation
+    if attention == "flash_attention_2" and not (device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()):
         raise ConfigurationError(
-            "flash_attention_2 needs a CUDA GPU and the package flash-attn: install it, or set CLAAS_ATTN_IMPLEMENTATION to sdpa"
+            "flash_attention_2 needs a CUDA GPU, bfloat16 and the package flash-attn: install it, or set CLAAS_ATTN_IMPLEMENTATION to sdpa"
         )
+    # The check below runs where the weights are, and that kernel runs on the GPU only.
+    at_first = "sdpa" if on_host and attention == "flash_attention_2" else attention
     try:
         with _quiet(progress):
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-            module = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, attn_implementation=settings.attn_implementation, trust_remote_code=trust
-            )
+            module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=at_first, trust_remote_code=trust)
     except Exception as error:  # each library below has its own
         log.warning("loading the base model failed", exc_info=error)
         raise ConfigurationError(
             f"the base model {source or DEFAULT_MODEL_ID!r} cannot be loaded ({type(error).__name__}): set CLAAS_BASE_MODEL_ID to a model "
             "of the Hugging Face hub or to a folder that holds one; the log says more"
         ) from error
-    module = module.to(device).eval().requires_grad_(False)
+    module = module.to("cpu" if on_host else device).eval().requires_grad_(False)
     if tokenizer.chat_template is None:
         raise ConfigurationError(f"the base model {_model_id(source)!r} has no chat template: choose an instruction-tuned model")
     _check_servable(module, _model_id(source))
+    if at_first != attention:
+        module.set_attn_implementation(attention)
     return LoadedModel(
         id=_model_id(source), path=path, config=module.config, tokenizer=tokenizer, module=module, device=device, dtype=dtype
     )

@@ -133,15 +133,15 @@ def _cost(result: StepResult) -> Cost:
         samples=sum(len(b.samples) for b in result.batches),
         response_tokens=sum(b.tokens for b in result.batches),
         forward_tokens=result.forward_tokens,
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=_peak_memory(result.before.logp.device),
         seconds={phase: round(seconds, 4) for phase, seconds in result.seconds.items()},
     )
 
 
-def _peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else the process's largest resident size (kibibytes on Linux, bytes on macOS)."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of a CUDA device this step's, else the process's largest resident size so far (kibibytes on Linux, bytes on macOS)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

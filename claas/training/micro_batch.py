@@ -106,9 +106,9 @@ def old_logp(batch: MicroBatch, targets: Targets, rows: slice) -> Tensor | None:
     for an on-policy one (so exactly 1 on the first step), nothing for replies that are not the student's."""
     if batch.source != "sampled":
         return None
-    served_N = torch.tensor([logp for s in batch.samples for logp in s.served_logp], device=targets.start_logp_N.device)[rows]
-    on_policy_N = torch.tensor([s.on_policy for s in batch.samples for _ in s.response], device=served_N.device)[rows]
-    return torch.where(on_policy_N, targets.start_logp_N, served_N)
+    served_N = torch.tensor([logp for s in batch.samples for logp in s.served_logp])[rows]
+    on_policy_N = torch.tensor([s.on_policy for s in batch.samples for _ in s.response])[rows]
+    return torch.where(on_policy_N.to(targets.start_logp_N.device), targets.start_logp_N, served_N.to(targets.start_logp_N.device))
 
 
 def chunks(n: int) -> list[slice]:

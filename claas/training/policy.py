@@ -18,17 +18,18 @@ from claas.models.base_model import LoadedModel
 from claas.training.batch import Sequences
 from claas.training.fused import fuse
 from claas.training.lora import LoraLinear
-from claas.training.teachers import Adapter, Speaker, Teacher, TeacherMemory
+from claas.training.memory import checkpointed
+from claas.training.micro_batch import MICRO_BATCH_TOKENS
+from claas.training.teachers import Adapter, Speaker, Teacher, TeacherMemory, in_float64
 
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-6
-CHECKPOINTING_FROM_PARAMS = 1_000_000_000
 
 
 class Policy:
-    """Base model plus one adapter version, ready to be trained."""
+    """Base model plus one adapter version, ready to be trained on samples of up to `tokens`. The base's weights are on its device."""
 
-    def __init__(self, base: LoadedModel, folder: Path) -> None:
+    def __init__(self, base: LoadedModel, folder: Path, tokens: int = MICRO_BATCH_TOKENS) -> None:
         self.device = base.device
         config = LoraConfig.from_pretrained(str(folder))
         config._register_custom_module({nn.Linear: LoraLinear})
@@ -40,11 +41,11 @@ class Policy:
         self._head: nn.Module = causal_lm.get_output_embeddings()
         self.teachers: dict[TeacherMemory, Teacher] = {}
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in sorted(self._peft.named_parameters()) if p.requires_grad}
-        # Recomputing activations costs a third more time; a small model's fit without.
-        large = base.n_params >= CHECKPOINTING_FROM_PARAMS
-        if large:
-            causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-        self._peft.train(large)
+        twice = checkpointed(base, tokens)
+        if twice:
+            causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+        # transformers computes layers again in training mode only.
+        self._peft.train(twice)
 
     def hidden(self, sequences: Sequences, *, speaker: Speaker = "live") -> Tensor:
         """Final hidden states at the positions that predict a response token, (N, D). `live` is the adapter that is trained."""
@@ -121,5 +122,5 @@ class Policy:
 
 def _product_norm_sq(b_OR: Tensor, a_RI: Tensor) -> float:
     """‖BA‖²_F = Σ (BᵀB) ∘ (AAᵀ), from two (R, R) products, in float64 since it is a difference of near equals."""
-    b, a = b_OR.double(), a_RI.double()
+    b, a = in_float64(b_OR), in_float64(a_RI)
     return float(((b.T @ b) * (a @ a.T)).sum())

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from claas.core.types import StepOutcome, TrainingConfig
 from claas.training.batch import Sample, Sequences, collate
+from claas.training.memory import synchronize
 from claas.training.micro_batch import (
     PARTS,
     Measure,
@@ -299,5 +300,6 @@ class LessonStep:
         began = time.perf_counter()
         try:
             yield
+            synchronize(self._policy.device)
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began

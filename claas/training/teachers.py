@@ -102,9 +102,14 @@ def _shortened(a_RI: Tensor, b_OR: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The pair of at most this rank whose product is nearest to BA: its largest singular directions, found without forming it."""
     if len(a_RI) <= rank:
         return a_RI, b_OR
-    q_OK, left = torch.linalg.qr(b_OR.double())
-    q_IK, right = torch.linalg.qr(a_RI.T.double())
+    q_OK, left = torch.linalg.qr(in_float64(b_OR))
+    q_IK, right = torch.linalg.qr(in_float64(a_RI).T)
     u, s, v = torch.linalg.svd(left @ right.T, full_matrices=False)
     root = s[:rank].sqrt()
     a, b = root[:, None] * v[:rank] @ q_IK.T, (q_OK @ u[:, :rank]) * root
-    return a.to(a_RI.dtype), b.to(b_OR.dtype)
+    return a.to(a_RI), b.to(b_OR)
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """Widened, on the CPU where the device (MPS) has no float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import zipfile
 from collections.abc import Callable
 from typing import Literal
 
-from claas.core.adapter_id import flat_name, vllm_name
-from claas.core.errors import BadRequest, Conflict, NotFound
+from claas.core.adapter_id import flat_name, parse_adapter_id, vllm_name
+from claas.core.errors import BackendUnavailable, BadRequest, Conflict, NotFound
 from claas.core.types import (
     AdapterVersion,
     DistillBatchRequestPayload,
@@ -29,6 +30,7 @@ from claas.training.engine.base import TrainingEngine
 from claas.training.report import Cost, OffPolicy, Retention, Signal, StepReport, Support, Update
 
 WEIGHTS = "adapter_model.safetensors"
+NO_EFFECT = b"nothing learnt"
 
 
 class MemoryEngine(TrainingEngine):
@@ -49,20 +51,27 @@ class MemoryEngine(TrainingEngine):
         self.closed = False
         self._latest: dict[str, int] = {}
         self._versions: dict[str, dict[int, AdapterVersion]] = {}
+        self._weights: dict[str, dict[int, bytes]] = {}
         self._next: dict[str, int] = {}
 
     def default_training(self) -> TrainingConfig:
         return TrainingConfig()
 
     async def distill(self, payload: DistillBatchRequestPayload) -> DistillResponse:
+        if payload.save_in_place:
+            raise BadRequest("save_in_place is not supported: versions are immutable", param="save_in_place")
         parent = self._known(payload.lora_id) if payload.parent is None else self._version(payload.lora_id, payload.parent).version
         self.before_distill()
+        await asyncio.sleep(0)  # a step takes time: others may act meanwhile
+        if self.closed:
+            raise BackendUnavailable("the service is closing: send the feedback again later")
         if self.failure is not None:
             raise self.failure
         self.lessons.append(payload)
         too_large = self.undo_above is not None and payload.training.learning_rate > self.undo_above
         outcome: StepOutcome = "undone" if too_large else self.outcome
-        version = self._publish(payload.lora_id, parent, payload.feedback_ids) if outcome == "applied" else None
+        taught = self._weights[payload.lora_id][parent] + b"\n" + payload.model_dump_json().encode()
+        version = self._publish(payload.lora_id, parent, payload.feedback_ids, taught) if outcome == "applied" else None
         reason = None if outcome == "applied" else f"the double was told to answer {outcome!r}"
         report = report_of(payload, outcome, reason, parent, version)
         return DistillResponse(lora_id=payload.lora_id, metadata=report.model_dump(mode="json"))
@@ -75,7 +84,7 @@ class MemoryEngine(TrainingEngine):
         self._version(lora_id, version)
         if self._latest[lora_id] == version:
             raise Conflict(f"version {version} of {lora_id!r} is the latest", param="version")
-        del self._versions[lora_id][version]
+        del self._versions[lora_id][version], self._weights[lora_id][version]
 
     async def versions(self, lora_id: str) -> list[AdapterVersion]:
         self._known(lora_id)
@@ -84,20 +93,16 @@ class MemoryEngine(TrainingEngine):
     async def init_lora(self, request: LoraInitRequest) -> LoraInitResponse:
         if request.base_model not in (None, self.base_model):
             raise BadRequest(f"base model {request.base_model!r} is not served here: use {self.base_model!r}", param="base_model")
-        if request.lora_id in self._latest:
-            raise Conflict(f"adapter {request.lora_id!r} exists: choose another name", param="lora_id")
-        self._versions[request.lora_id] = {}
-        self._latest[request.lora_id] = self._publish(request.lora_id, None, ())
-        return LoraInitResponse(lora_id=request.lora_id, version=0)
+        return self._create(request.lora_id, NO_EFFECT)
 
     async def import_lora(self, lora_id: str, archive: bytes) -> LoraInitResponse:
         try:
-            names = zipfile.ZipFile(io.BytesIO(archive)).namelist()
+            file = zipfile.ZipFile(io.BytesIO(archive))
         except zipfile.BadZipFile:
             raise BadRequest("the body is not a zip archive") from None
-        if WEIGHTS not in names:
+        if WEIGHTS not in file.namelist():
             raise BadRequest(f"the zip holds no {WEIGHTS!r}")
-        return await self.init_lora(LoraInitRequest(lora_id=lora_id))
+        return self._create(lora_id, file.read(WEIGHTS))
 
     async def list_loras(self, prefix: str = "") -> LoraListResponse:
         if self.breakage is not None:
@@ -109,11 +114,12 @@ class MemoryEngine(TrainingEngine):
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
             archive.writestr("adapter_config.json", json.dumps({"base_model_name_or_path": self.base_model}))
-            archive.writestr(WEIGHTS, f"weights of {ref.vllm_name}")
+            archive.writestr(WEIGHTS, self._weights[lora_id][ref.version])
         return LoraExportPayload(filename=f"{flat_name(lora_id)}-v{ref.version}.zip", content=buffer.getvalue())
 
     async def delete_lora(self, lora_id: str) -> LoraDeleteResponse:
         self._versions.pop(lora_id, None)
+        self._weights.pop(lora_id, None)
         self._next.pop(lora_id, None)
         return LoraDeleteResponse(deleted=self._latest.pop(lora_id, None) is not None)
 
@@ -127,8 +133,9 @@ class MemoryEngine(TrainingEngine):
     async def health(self) -> ServiceHealth:
         if self.breakage is not None:
             raise self.breakage
-        status: Literal["healthy", "unhealthy"] = "unhealthy" if self.unhealthy else "healthy"
-        return ServiceHealth(status=status, error=self.unhealthy)
+        error = self.unhealthy or ("the service is closing" if self.closed else None)
+        status: Literal["healthy", "unhealthy"] = "unhealthy" if error else "healthy"
+        return ServiceHealth(status=status, error=error)
 
     async def aclose(self) -> None:
         self.closed = True
@@ -144,9 +151,17 @@ class MemoryEngine(TrainingEngine):
             raise NotFound(f"adapter {lora_id!r} has no version {version}", param="version")
         return self._versions[lora_id][version]
 
-    def _publish(self, lora_id: str, parent: int | None, feedback_ids: tuple[str, ...]) -> int:
+    def _create(self, lora_id: str, weights: bytes) -> LoraInitResponse:
+        if parse_adapter_id(lora_id) in self._latest:
+            raise Conflict(f"adapter {lora_id!r} exists: choose another name", param="lora_id")
+        self._versions[lora_id], self._weights[lora_id] = {}, {}
+        self._latest[lora_id] = self._publish(lora_id, None, (), weights)
+        return LoraInitResponse(lora_id=lora_id, version=0)
+
+    def _publish(self, lora_id: str, parent: int | None, feedback_ids: tuple[str, ...], weights: bytes) -> int:
         number = self._next.get(lora_id, 0)  # also after a version was discarded: no number is used twice
         self._next[lora_id] = number + 1
+        self._weights[lora_id][number] = weights
         self._versions[lora_id][number] = AdapterVersion(
             lora_id=lora_id, version=number, parent=parent, base_model=self.base_model, feedback_ids=feedback_ids, size_bytes=1
         )

@@ -68,13 +68,23 @@ def lesson(*items: FeedbackItem, request_id: str = "lesson-1", show: bool = Fals
     return LessonRequest(request_id=request_id, items=items or (FeedbackItem(feedback="Be Kuro.", completion_id="chatcmpl-1"),), show=show)
 
 
+IMPATIENT = pytest.mark.parametrize("school", [0.2], indirect=True, ids=["impatient"])
+"""For a test that waits until waiting is given up; all others would fail for it on a busy machine."""
+
+
 @pytest.fixture
-async def school(tmp_path: Path) -> AsyncIterator[School]:
+async def school(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[School]:
+    lock_timeout_s: float = getattr(request, "param", 60.0)
     database = Database("sqlite://")
     database.migrate()
     engine, inference = MemoryEngine(), CharInference()
     rollouts = SqlRolloutStore(database, max_count=1000, max_age_days=30)
-    feedback, journal, book, locks = FeedbackStore(database), Journal(database, tmp_path), LessonBook(database), AdapterLocks(0.2)
+    feedback, journal, book, locks = (
+        FeedbackStore(database),
+        Journal(database, tmp_path),
+        LessonBook(database),
+        AdapterLocks(lock_timeout_s),
+    )
     updater = Updater(engine, inference, book)
     learner = Learner(engine, inference, rollouts, updater, Ledger(feedback, journal, engine), locks, engine.base_model)
     retraction = Retraction(engine, updater, feedback, journal, book, locks)

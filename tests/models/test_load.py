@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.utils import is_flash_attn_2_available
 
 from claas.core.errors import ConfigurationError
 from claas.core.settings import Settings
@@ -52,6 +51,12 @@ def test_auto_takes_what_the_machine_computes_in(folder: Path) -> None:
     assert next(model.module.parameters()).device.type == model.device.type
 
 
+def test_weights_may_stay_in_host_memory_wherever_the_model_is_to_compute(folder: Path) -> None:
+    model = load_base_model(settings(folder, device="auto"), on_host=True)
+    assert {p.device.type for p in (*model.module.parameters(), *model.module.buffers())} == {"cpu"}
+    assert model.device == load_base_model(settings(folder, device="auto")).device
+
+
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_the_trainer_attends_by_the_kernel_asked_for_and_the_server_by_its_own(folder: Path, kernel: str) -> None:
     model = load_base_model(settings(folder, attn_implementation=kernel))
@@ -59,8 +64,7 @@ def test_the_trainer_attends_by_the_kernel_asked_for_and_the_server_by_its_own(f
     assert model.tree().config._attn_implementation == kernel
 
 
-@pytest.mark.skipif(is_flash_attn_2_available(), reason="it is installed here")
-def test_a_kernel_that_is_not_installed_is_refused(folder: Path) -> None:
+def test_a_kernel_that_cannot_run_here_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigurationError, match="CLAAS_ATTN_IMPLEMENTATION"):
         load_base_model(settings(folder, attn_implementation="flash_attention_2"))
 

@@ -99,7 +99,7 @@ def test_another_attention_kernel_is_the_plain_layers(tmp_path: Path) -> None:
 
 def test_checkpointing_changes_nothing(tmp_path: Path) -> None:
     whole, again = pair(tmp_path, torch.float32)[0], pair(tmp_path, torch.float32)[0]
-    again._peft.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    again._peft.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     again._peft.train()
     sequences = collate([ids(1, 5)], [ids(2, 6)])
     for policy in (whole, again):

@@ -24,6 +24,8 @@ FLAGS = {
     "--max-logprobs": "64",
     "--tool-call-parser": "hermes",
 }
+# All but lm_head: with that one wrapped, the CPU build dies of prompt_logprobs under an adapter in a batch with other requests.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SWITCHES = ("--enable-lora", "--enforce-eager", "--enable-auto-tool-choice")
 ENVIRONMENT = {
     "VLLM_TARGET_DEVICE": "cpu",
@@ -45,6 +47,7 @@ class RealVllm:
         self._command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir), *SWITCHES]
         self._command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(self.port)]
         self._command += [word for flag in FLAGS.items() for word in flag]
+        self._command += ["--lora-target-modules", *TARGETS]
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -1,7 +1,7 @@
-"""The Local engine without a separate server: lessons on this machine's CPU or GPU, beside the model that serves.
+"""The Local engine: lessons on this machine's CPU or GPU, one at a time, in a thread of their own.
 
-The trainer's module tree shares the base weights with the server's and has an adapter of its own, so serving goes on during a step.
-One lesson trains at a time, in a thread of its own.
+Beside the embedded server the trainer's module tree shares the base weights with the server's and has an adapter of its own, so serving
+goes on during a step. Beside a server in a process of its own, the base weights wait in host memory and visit the device for each step.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 
 from pydantic import JsonValue
 
@@ -23,8 +25,10 @@ from claas.models.compute import ComputeShare
 from claas.training.batch import Sample, prepare
 from claas.training.engine.stored import StoredEngine
 from claas.training.figures import summarise
+from claas.training.memory import LONG_SAMPLE_TOKENS, free_memory, meter_of, out_of_memory, step_bytes
 from claas.training.policy import Policy
 from claas.training.report import StepReport
+from claas.training.residency import RESIDENT, Residency
 from claas.training.step import LessonStep
 from claas.training.teachers import after_lesson, load_teachers, save_teachers, wanted_teachers
 
@@ -34,11 +38,20 @@ log = logging.getLogger(__name__)
 
 
 class LocalEngine(StoredEngine):
-    """Trains in this process on the `LoadedModel` that the embedded server also uses."""
+    """Trains in this process on a `LoadedModel`, which `residency` brings to the device."""
 
-    def __init__(self, store: AdapterStore, base: LoadedModel, share: ComputeShare, allowed_base_models: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        store: AdapterStore,
+        base: LoadedModel,
+        share: ComputeShare,
+        allowed_base_models: tuple[str, ...] = (),
+        residency: Residency = RESIDENT,
+    ) -> None:
         super().__init__(store, base, allowed_base_models)
         self._share = share
+        self._residency = residency
+        self._meter = meter_of(base.device)
         self._trainer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="claas-trainer")
         self._closing = threading.Event()
 
@@ -53,12 +66,33 @@ class LocalEngine(StoredEngine):
         except ClaasError:
             raise
         except Exception as error:
+            if out_of_memory(error):
+                log.warning("a learning step on %r ran out of memory", payload.lora_id, exc_info=error)
+                raise StepFailed(
+                    f"the learning step ran out of the memory of {str(self._base.device)!r}: stop what else uses it, or teach shorter "
+                    "conversations. The version before it still serves"
+                ) from error
             log.exception("a learning step on %r broke", payload.lora_id)
             raise StepFailed(f"the learning step broke ({type(error).__name__}): the version before it still serves") from error
         return DistillResponse(lora_id=payload.lora_id, metadata=report.model_dump(mode="json"))
 
+    def memory_needed(self, tokens: int = LONG_SAMPLE_TOKENS) -> int:
+        """Bytes of the device's memory that a step takes beyond what is held between steps, if its longest sample has `tokens`.
+
+        An estimate, or what steps were seen to take if that is more.
+        """
+        tokens = min(tokens, self._base.max_context)
+        return max(step_bytes(self._base, tokens, weights=self._residency.visiting_bytes), self._meter.most)
+
+    def free_memory(self) -> int | None:
+        """Bytes of the device's memory that nobody uses; None where it is the machine's own (CPU, MPS)."""
+        return free_memory(self._base.device)
+
     async def health(self) -> ServiceHealth:
-        return ServiceHealth(status="healthy", detail={"engine": "local", "device": str(self._base.device), "dtype": str(self._base.dtype)})
+        detail: dict[str, JsonValue] = {"engine": "local", "device": str(self._base.device), "dtype": str(self._base.dtype)}
+        if self._closing.is_set():
+            return ServiceHealth(status="unhealthy", error="the service is closing", detail=detail)
+        return ServiceHealth(status="healthy", detail=detail)
 
     async def aclose(self) -> None:
         """A running lesson stops at its next micro-batch and publishes nothing."""
@@ -69,19 +103,28 @@ class LocalEngine(StoredEngine):
         parent = self._store.latest(payload.lora_id) if payload.parent is None else payload.parent
         folder = self._store.path(payload.lora_id, parent)
         samples = self._samples(payload, parent)
-        with self._share.training():
-            policy = Policy(self._base, folder)
-            training = payload.training
-            policy.teachers = load_teachers(folder, wanted_teachers(training), policy.snapshot())
-            optimizer = policy.optimizer(folder, training.learning_rate)
-            result = LessonStep(policy, optimizer, training, samples, self._breathe).run()
-            report = summarise(result, training, parent=parent, token_text=self._token_text)
-            if report.outcome != "applied":
-                return report
-            with self._store.stage(self._manifest(payload, report)) as staging:
-                policy.save(staging.path, optimizer)
-                after = after_lesson(policy.teachers, policy.snapshot(), training, report.update.optimizer_steps)
-                save_teachers(staging.path, after)
+        # Left from the right: what was staged is published when the device is free again.
+        with ExitStack() as publishing, self._share.training(), self._meter.watch(), self._residency.on_device() as seconds:
+            report = self._learn(payload, parent, folder, samples, publishing)
+        cost = report.cost.model_copy(update={"seconds": report.cost.seconds | {phase: round(s, 4) for phase, s in seconds.items()}})
+        return report.model_copy(update={"cost": cost})
+
+    def _learn(
+        self, payload: DistillBatchRequestPayload, parent: int, folder: Path, samples: Sequence[Sample], publishing: ExitStack
+    ) -> StepReport:
+        """The step, and its version staged in `publishing`. Everything it makes on the device is local to it."""
+        training = payload.training
+        policy = Policy(self._base, folder, max(sample.length for sample in samples))
+        policy.teachers = load_teachers(folder, wanted_teachers(training), policy.snapshot())
+        optimizer = policy.optimizer(folder, training.learning_rate)
+        result = LessonStep(policy, optimizer, training, samples, self._breathe).run()
+        report = summarise(result, training, parent=parent, token_text=self._token_text)
+        if report.outcome != "applied":
+            return report
+        staging = publishing.enter_context(self._store.stage(self._manifest(payload, report)))
+        policy.save(staging.path, optimizer)
+        after = after_lesson(policy.teachers, policy.snapshot(), training, report.update.optimizer_steps)
+        save_teachers(staging.path, after)
         return report.model_copy(update={"version": staging.version})
 
     def _breathe(self) -> None:

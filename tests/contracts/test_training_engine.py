@@ -1,0 +1,412 @@
+"""What every TrainingEngine promises, asked of each: the local one over a tiny real model, resident or visiting, and the double."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+import zipfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load
+
+from claas.adapters.filesystem import FilesystemAdapterStore
+from claas.core.errors import BackendUnavailable, BadRequest, Conflict, NotFound, StepFailed
+from claas.core.types import (
+    ChatMessage,
+    DistillBatchItem,
+    DistillBatchRequestPayload,
+    LoraInitRequest,
+    StepOutcome,
+    TrainingConfig,
+)
+from claas.models.base_model import LoadedModel
+from claas.models.chat_template import render
+from claas.models.compute import ComputeShare
+from claas.training.engine.base import TrainingEngine
+from claas.training.engine.local import LocalEngine
+from claas.training.report import StepReport
+from claas.training.residency import RESIDENT, Residency, Visiting
+from tests.doubles.engine import NO_EFFECT, MemoryEngine
+from tests.models.tiny import load_tiny_model
+
+A, B = "me/a", "me/b"
+KEEP = 10
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+APPLIED = {"learning_rate": 1e-2, "teacher_top_k": 20, "max_kl": 100.0, "min_signal": 0.0, "gradient_steps": 3}
+OTHERWISE: dict[StepOutcome, dict[str, float]] = {"applied": {}, "skipped": {"min_signal": 100.0}, "undone": {"max_kl": 1e-9}}
+
+Payload = Callable[..., DistillBatchRequestPayload]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An engine, and how to bring about what it promises something for.
+
+    will: makes the next lesson come to this; what must be in its settings for it.
+    has_effect: whether exported weights change anything.
+    misfit: an exported archive, changed so that it is not for this base model.
+    breaks: from now on the steps that train this version of `A` break.
+    busy: returns once a step that was just asked for is under way.
+    """
+
+    engine: TrainingEngine
+    base_model: str
+    will: Callable[[StepOutcome], dict[str, float]]
+    has_effect: Callable[[bytes], bool]
+    misfit: Callable[[bytes], bytes]
+    breaks: Callable[[int], Awaitable[None]]
+    busy: Callable[[], Awaitable[None]]
+    prompt_token_ids: tuple[int, ...]
+
+    def lesson(self, lora_id: str = A, outcome: StepOutcome = "applied", feedback: str = "Be kind.", **fields: Any) -> Any:
+        """The payload of a lesson that comes to `outcome`."""
+        item = DistillBatchItem(
+            prompt="Hello", response="x", feedback=feedback, response_logprobs=(-1.0, -1.0, -1.0), messages=MESSAGES,
+            prompt_token_ids=self.prompt_token_ids, response_token_ids=(5, 6, 7),
+        )  # fmt: skip
+        training = TrainingConfig.model_validate(APPLIED | self.will(outcome))
+        return DistillBatchRequestPayload.model_validate({"lora_id": lora_id, "training": training, "samples": [item]} | fields)
+
+    async def distill(self, *args: Any, **fields: Any) -> StepReport:
+        return StepReport.model_validate((await self.engine.distill(self.lesson(*args, **fields))).metadata)
+
+    async def files(self, lora_id: str = A, version: int | None = None) -> dict[str, bytes]:
+        """What an export holds, by name."""
+        archive = zipfile.ZipFile(io.BytesIO((await self.engine.export_lora(lora_id, version)).content))
+        return {name: archive.read(name) for name in archive.namelist()}
+
+    async def state(self, lora_id: str = A) -> tuple[object, ...]:
+        """All there is to be seen of an adapter."""
+        versions = await self.engine.versions(lora_id)
+        return versions, await self.engine.lora_runtime_ref(lora_id), [await self.files(lora_id, v.version) for v in versions]
+
+
+MESSAGES = (ChatMessage(role="user", content="Hello"),)
+
+
+class Noticed(ComputeShare):
+    """Cores for one, and a sign when a step takes its share: at its beginning, and between micro-batches."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.taken = threading.Event()
+
+    def apply(self) -> None:
+        self.taken.set()
+        super().apply()
+
+
+@asynccontextmanager
+async def local(model: LoadedModel, folder: Path, residency: Residency = RESIDENT) -> AsyncIterator[Trained]:
+    store, share = FilesystemAdapterStore(folder, keep_versions=KEEP), Noticed()
+    engine = LocalEngine(store, model, share, residency=residency)
+
+    async def breaks(version: int) -> None:
+        (store.path(A, version) / WEIGHTS).write_bytes(b"damaged")
+
+    async def busy() -> None:
+        assert await asyncio.to_thread(share.taken.wait, 30)
+
+    prompt = render(model.tokenizer, MESSAGES, {})
+    try:
+        yield Trained(engine, model.id, OTHERWISE.__getitem__, _changes_something, _for_a_taller_model, breaks, busy, prompt)
+    finally:
+        await engine.aclose()
+
+
+@asynccontextmanager
+async def visiting(model: LoadedModel, folder: Path) -> AsyncIterator[Trained]:
+    """The weights are copied for each step, as to another device."""
+    own = load_tiny_model(Path(model.path))
+    async with local(own, folder, Visiting(own, lambda home: home.clone())) as trained:
+        yield trained
+
+
+@asynccontextmanager
+async def double(_: LoadedModel, __: Path) -> AsyncIterator[Trained]:
+    engine = MemoryEngine()
+
+    def will(outcome: StepOutcome) -> dict[str, float]:
+        engine.outcome = outcome
+        return {}
+
+    async def breaks(_: int) -> None:
+        engine.failure = StepFailed("the double was told to break")
+
+    async def busy() -> None:
+        await asyncio.sleep(0)
+
+    yield Trained(engine, engine.base_model, will, lambda weights: weights != NO_EFFECT, _without_weights, breaks, busy, (1,))
+
+
+def _changes_something(weights: bytes) -> bool:
+    return any(bool(tensor.any()) for name, tensor in load(weights).items() if "lora_B" in name)
+
+
+def _for_a_taller_model(archive: bytes) -> bytes:
+    return _rewritten(archive, lambda name, content: (name, content.replace(b"layers.1.", b"layers.9.")))
+
+
+def _without_weights(archive: bytes) -> bytes:
+    return _rewritten(archive, lambda name, content: (name.replace(WEIGHTS, "other.safetensors"), content))
+
+
+def _rewritten(archive: bytes, change: Callable[[str, bytes], tuple[str, bytes]]) -> bytes:
+    source, out = zipfile.ZipFile(io.BytesIO(archive)), io.BytesIO()
+    with zipfile.ZipFile(out, "w") as target:
+        for name in source.namelist():
+            target.writestr(*change(name, source.read(name)))
+    return out.getvalue()
+
+
+@pytest.fixture(params=[local, visiting, double], ids=["local", "local-visiting", "double"])
+async def trained(request: pytest.FixtureRequest, tiny_model: LoadedModel, tmp_path: Path) -> AsyncIterator[Trained]:
+    """An engine with one adapter, `A`."""
+    async with request.param(tiny_model, tmp_path) as made:
+        await made.engine.init_lora(LoraInitRequest(lora_id=A))
+        yield made
+
+
+# --- the adapters' life ---
+
+
+async def test_a_new_adapter_has_one_version_of_no_effect(trained: Trained) -> None:
+    assert not (await trained.engine.lora_exists(B)).exists
+    made = await trained.engine.init_lora(LoraInitRequest(lora_id=B, base_model=trained.base_model))
+    assert (made.lora_id, made.version) == (B, 0)
+    assert (await trained.engine.lora_exists(B)).exists
+    (first,) = await trained.engine.versions(B)
+    assert (first.lora_id, first.version, first.parent, first.base_model) == (B, 0, None, trained.base_model)
+    assert (await trained.engine.lora_runtime_ref(B)).version == 0
+    assert not trained.has_effect((await trained.files(B))[WEIGHTS])
+
+
+async def test_a_taken_name_another_base_model_and_a_name_that_is_none_are_refused(trained: Trained) -> None:
+    before = await trained.state()
+    with pytest.raises(Conflict, match=repr(A)):
+        await trained.engine.init_lora(LoraInitRequest(lora_id=A))
+    with pytest.raises(BadRequest, match="'gpt-4'") as caught:
+        await trained.engine.init_lora(LoraInitRequest(lora_id=B, base_model="gpt-4"))
+    assert caught.value.param == "base_model"
+    with pytest.raises(BadRequest):
+        await trained.engine.init_lora(LoraInitRequest(lora_id="../a"))
+    assert (await trained.engine.list_loras()).loras == [A]
+    assert await trained.state() == before
+
+
+async def test_adapters_are_listed_sorted_and_by_prefix(trained: Trained) -> None:
+    for lora_id in ("you/c", B, "me"):
+        await trained.engine.init_lora(LoraInitRequest(lora_id=lora_id))
+    assert (await trained.engine.list_loras()).loras == ["me", A, B, "you/c"]
+    assert (await trained.engine.list_loras("me/")).loras == [A, B]
+    assert (await trained.engine.list_loras("nobody")).loras == []
+
+
+async def test_deleting_takes_all_of_one_adapter_and_frees_its_name(trained: Trained) -> None:
+    await trained.engine.init_lora(LoraInitRequest(lora_id=B))
+    await trained.distill()
+    other = await trained.state(B)
+    assert (await trained.engine.delete_lora(A)).deleted
+    assert not (await trained.engine.delete_lora(A)).deleted
+    assert not (await trained.engine.lora_exists(A)).exists
+    assert (await trained.engine.list_loras()).loras == [B]
+    with pytest.raises(NotFound):
+        await trained.engine.versions(A)
+    await trained.engine.init_lora(LoraInitRequest(lora_id=A))
+    assert not trained.has_effect((await trained.files())[WEIGHTS])
+    assert await trained.state(B) == other
+
+
+async def test_an_export_is_a_zip_in_pefts_layout_of_the_version_asked_for(trained: Trained) -> None:
+    report = await trained.distill()
+    assert report.version is not None
+    latest = await trained.engine.export_lora(A)
+    assert latest.filename == "me~a-v0.zip"
+    assert (await trained.engine.export_lora(A, report.version)).filename == f"me~a-v{report.version}.zip"
+    files = [await trained.files(A, version) for version in (None, 0, report.version)]
+    assert all({CONFIG, WEIGHTS} <= set(found) for found in files)
+    assert files[0] == files[1]
+    assert [trained.has_effect(found[WEIGHTS]) for found in files] == [False, False, True]
+
+
+async def test_what_is_imported_is_what_was_exported(trained: Trained) -> None:
+    report = await trained.distill()
+    archive = (await trained.engine.export_lora(A, report.version)).content
+    made = await trained.engine.import_lora(B, archive)
+    assert (made.lora_id, made.version) == (B, 0)
+    (first,) = await trained.engine.versions(B)
+    assert (first.lora_id, first.parent, first.base_model) == (B, None, trained.base_model)
+    assert (await trained.files(B))[WEIGHTS] == (await trained.files(A, report.version))[WEIGHTS]
+    with pytest.raises(Conflict, match=repr(B)):
+        await trained.engine.import_lora(B, archive)
+
+
+async def test_an_archive_that_does_not_fit_leaves_nothing_behind(trained: Trained) -> None:
+    fits = (await trained.engine.export_lora(A)).content
+    for archive in (b"no zip", trained.misfit(fits)):
+        with pytest.raises(BadRequest):
+            await trained.engine.import_lora(B, archive)
+        assert not (await trained.engine.lora_exists(B)).exists
+        assert (await trained.engine.list_loras()).loras == [A]
+    await trained.engine.import_lora(B, fits)
+
+
+async def test_a_version_has_a_name_of_its_own_where_it_is_served(trained: Trained) -> None:
+    report = await trained.distill()
+    latest, first, second = [await trained.engine.lora_runtime_ref(A, version) for version in (None, 0, report.version)]
+    assert latest == first
+    assert (second.lora_id, second.version, second.vllm_name) == (A, report.version, f"claas-me~a-v{report.version}")
+    assert first.vllm_name != second.vllm_name
+
+
+async def test_what_is_not_there_is_not_found(trained: Trained) -> None:
+    engine = trained.engine
+    calls: list[Callable[[str, int], Awaitable[object]]] = [
+        engine.promote,
+        engine.discard,
+        engine.export_lora,
+        engine.lora_runtime_ref,
+        lambda lora_id, version: engine.distill(trained.lesson(lora_id, parent=version)),
+    ]
+    before = await trained.state()
+    for call in calls:
+        for lora_id, version in (("no/body", 0), (A, 7)):
+            with pytest.raises(NotFound):
+                await call(lora_id, version)
+    for by_name in (engine.versions, engine.export_lora, engine.lora_runtime_ref, lambda lora_id: engine.distill(trained.lesson(lora_id))):
+        with pytest.raises(NotFound):
+            await by_name("no/body")
+    assert await trained.state() == before
+
+
+# --- a step ---
+
+
+async def test_an_applied_lesson_is_one_new_version_and_latest_stays(trained: Trained) -> None:
+    before = await trained.files()
+    report = await trained.distill(feedback_ids=("fb-1", "fb-2"))
+    assert (report.outcome, report.reason, report.parent, report.version) == ("applied", None, 0, 1)
+    assert report.update.loss_after is not None and report.update.loss_after < report.update.loss_before
+    first, second = await trained.engine.versions(A)
+    assert (first.version, second.version, second.parent) == (0, 1, 0)
+    assert (second.lora_id, second.base_model, second.feedback_ids) == (A, trained.base_model, ("fb-1", "fb-2"))
+    assert (await trained.engine.lora_runtime_ref(A)).version == 0
+    assert await trained.files() == before
+    assert trained.has_effect((await trained.files(A, 1))[WEIGHTS])
+
+
+@pytest.mark.parametrize("outcome", ["skipped", "undone"])
+async def test_a_lesson_that_is_not_applied_writes_nothing_and_says_why(trained: Trained, outcome: StepOutcome) -> None:
+    await trained.distill()
+    before = await trained.state()
+    report = await trained.distill(A, outcome)
+    assert (report.outcome, report.version, report.parent) == (outcome, None, 0)
+    assert report.reason
+    assert await trained.state() == before
+    after = await trained.distill()
+    assert after.version == 2
+
+
+async def test_the_parent_is_the_one_named_or_else_the_latest(trained: Trained) -> None:
+    first = (await trained.distill(feedback="Be kind.")).version
+    beside = await trained.distill(feedback="Be brief.")
+    after = await trained.distill(feedback="Be brief.", parent=first)
+    assert (beside.parent, after.parent) == (0, first)
+    assert first is not None
+    await trained.engine.promote(A, first)
+    again = await trained.distill(feedback="Be brief.")
+    assert again.parent == first
+    weights = [(await trained.files(A, report.version))[WEIGHTS] for report in (beside, after)]
+    assert weights[0] != weights[1]
+    assert {v.version: v.parent for v in await trained.engine.versions(A)} == {0: None, 1: 0, 2: 0, 3: 1, 4: 1}
+
+
+async def test_the_same_lesson_from_the_same_parent_gives_the_same_weights(trained: Trained) -> None:
+    one, other = await trained.distill(), await trained.distill()
+    assert one.version != other.version
+    assert (await trained.files(A, one.version))[WEIGHTS] == (await trained.files(A, other.version))[WEIGHTS]
+
+
+async def test_a_rollback_is_a_promotion(trained: Trained) -> None:
+    await trained.distill()
+    for version in (1, 0, 1):
+        await trained.engine.promote(A, version)
+        assert (await trained.engine.lora_runtime_ref(A)).version == version
+        assert await trained.files() == await trained.files(A, version)
+
+
+async def test_a_version_that_is_not_the_latest_can_be_discarded_and_its_number_is_gone(trained: Trained) -> None:
+    await trained.distill()
+    with pytest.raises(Conflict):
+        await trained.engine.discard(A, 0)
+    await trained.engine.discard(A, 1)
+    assert [v.version for v in await trained.engine.versions(A)] == [0]
+    with pytest.raises(NotFound):
+        await trained.engine.lora_runtime_ref(A, 1)
+    assert (await trained.distill()).version == 2
+
+
+async def test_saving_in_place_is_refused_by_name(trained: Trained) -> None:
+    before = await trained.state()
+    with pytest.raises(BadRequest, match="save_in_place") as caught:
+        await trained.distill(save_in_place=True)
+    assert caught.value.param == "save_in_place"
+    assert await trained.state() == before
+
+
+async def test_a_step_that_breaks_publishes_nothing_and_says_so(trained: Trained) -> None:
+    report = await trained.distill()
+    assert report.version is not None
+    before = await trained.engine.versions(A), await trained.files()
+    await trained.breaks(report.version)
+    with pytest.raises(StepFailed):
+        await trained.distill(parent=report.version)
+    assert (await trained.engine.versions(A), await trained.files()) == before
+
+
+async def test_adapters_that_learn_at_the_same_time_do_not_touch_each_other(trained: Trained) -> None:
+    await trained.engine.init_lora(LoraInitRequest(lora_id=B))
+    untouched = await trained.state(B)
+    alone = await trained.distill(A)
+    assert await trained.state(B) == untouched
+    both = await asyncio.gather(trained.distill(A), trained.distill(B, feedback="Be brief."))
+    assert [(report.outcome, report.parent, report.version) for report in both] == [("applied", 0, 2), ("applied", 0, 1)]
+    weights = [(await trained.files(lora_id, version))[WEIGHTS] for lora_id, version in ((A, alone.version), (A, 2), (B, 1))]
+    assert weights[0] == weights[1] != weights[2]
+
+
+async def test_the_default_settings_are_whole(trained: Trained) -> None:
+    training = trained.engine.default_training()
+    assert training == TrainingConfig.model_validate(training.model_dump())
+
+
+# --- closing ---
+
+
+async def test_health_says_whether_a_lesson_could_be_trained_now(trained: Trained) -> None:
+    assert (await trained.engine.health()).status == "healthy"
+    await trained.engine.aclose()
+    health = await trained.engine.health()
+    assert health.status == "unhealthy" and health.error
+    with pytest.raises(BackendUnavailable):
+        await trained.distill()
+    await trained.engine.aclose()
+
+
+async def test_closing_during_a_step_publishes_nothing(trained: Trained) -> None:
+    before = await trained.state()
+    lesson = trained.lesson()
+    training = lesson.training.model_copy(update={"gradient_steps": 64})
+    step = asyncio.create_task(trained.engine.distill(lesson.model_copy(update={"training": training})))
+    await trained.busy()
+    await trained.engine.aclose()
+    with pytest.raises(BackendUnavailable) as caught:
+        await step
+    assert "again" in caught.value.message
+    assert await trained.state() == before
