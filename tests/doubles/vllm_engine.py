@@ -22,6 +22,7 @@ from tests.doubles.vllm_script import BASE_VOICE, Limits, Script, Step, logprob_
 
 Mode = Literal["abort", "wait", "keep"]
 TAGS = frozenset({"weights", "kv_cache"})
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BLOCK = 16
 GIB = 2**30
 
@@ -67,6 +68,7 @@ class Run:
     raw: str
     limits: Limits
     adapter: Adapter | None
+    scored: bool = False
     voice: str = BASE_VOICE
     left: deque[Step] = field(default_factory=deque)
     tokens: list[int] = field(default_factory=list)
@@ -85,6 +87,7 @@ class VllmEngine:
         max_model_len: int = 512,
         max_loras: int = 2,
         max_lora_rank: int = 32,
+        target_modules: Sequence[str] | None = TARGETS,
         max_logprobs: int = 64,
         max_num_seqs: int = 64,
         script: Script = speak,
@@ -105,6 +108,10 @@ class VllmEngine:
         self.waiting: deque[Run] = deque()
         self.running: list[Run] = []
         self.started = time.time()
+        self.lora_config = {
+            "max_lora_rank": max_lora_rank, "max_loras": max_loras, "max_cpu_loras": max_loras, "fully_sharded_loras": False,
+            "lora_dtype": "torch.bfloat16", "target_modules": list(target_modules) if target_modules is not None else None,
+        }  # fmt: skip
         self._max_loras, self._max_rank, self._max_num_seqs = max_loras, max_lora_rank, max_num_seqs
         self._slots: OrderedDict[str, None] = OrderedDict()
         self._prefixes: dict[tuple[str, str, tuple[int, ...]], str] = {}
@@ -133,6 +140,14 @@ class VllmEngine:
             moving = [] if self.paused == "all" else list(self.running)
             if moving and self.asleep and self.device == "cuda":
                 self.crash("a step ran while memory was asleep: the scheduler was resumed too early")
+                return
+            if (
+                self.device == "cpu"
+                and self.lora_config["target_modules"] is None
+                and len(moving) > 1
+                and any(run.scored for run in moving)
+            ):
+                self.crash("prompt_logprobs shared a step with other requests, and lm_head may carry an adapter")
                 return
             for run in moving:
                 self._step(run)

@@ -148,6 +148,7 @@ class VllmDouble:
         if self._dev_mode:
             routes |= {("POST", path): self._control for path in CONTROL}
             routes |= {("GET", "/is_paused"): self._is_paused, ("GET", "/is_sleeping"): self._is_sleeping}
+            routes |= {("GET", "/server_info"): self._server_info}
         listed = [Route(path, self._guarded(handler), methods=[method]) for (method, path), handler in routes.items()]
         return Starlette(routes=listed, lifespan=self._lifespan, exception_handlers={HTTPException: _detail})
 
@@ -246,6 +247,11 @@ class VllmDouble:
 
     async def _is_sleeping(self, http: HttpRequest) -> Response:
         return JSONResponse({"is_sleeping": self.engine.is_sleeping})
+
+    async def _server_info(self, http: HttpRequest) -> Response:
+        if http.query_params.get("config_format") != "json":
+            raise NotImplementedError("the double says it as JSON only")
+        return JSONResponse({"vllm_config": {"lora_config": self.engine.lora_config}, "vllm_env": {}, "system_env": {}})
 
     async def _control(self, http: HttpRequest) -> Response:
         query, engine = http.query_params, self.engine

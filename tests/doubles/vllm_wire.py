@@ -119,7 +119,8 @@ def read(engine: VllmEngine, kind: Kind, body: Mapping[str, Any], request_id: st
         said = engine.script(Asked(voice, engine.tokenizer.decode(prompt), dice, _callable_tools(body)))
         script = parts(said, parsed=parsed)
         scripts.append(script)
-        runs.append(Run(prompt, "".join(part.text for part in script), limits, adapter))
+        scored = body.get("prompt_logprobs") is not None
+        runs.append(Run(prompt, "".join(part.text for part in script), limits, adapter, scored))
     return Request(kind, body, request_id, prompt, adapter, runs, scripts, parsed, created)
 
 

@@ -525,5 +525,5 @@ def test_no_answer_of_the_double_has_what_the_real_one_has_not(double: Peer, rea
         for place in (0, 1, -1):
             theirs, ours = (peer.stream(path, body)[place] for peer in (real, double))
             holds(shape(theirs), shape(ours), f"{path}, event {place}")
-    for path in ("/v1/models", "/version", "/is_paused", "/is_sleeping"):
+    for path in ("/v1/models", "/version", "/is_paused", "/is_sleeping", "/server_info?config_format=json"):
         holds(shape(real.get(path)), shape(double.get(path)), path)
