@@ -50,5 +50,6 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(vllm: RealVllm, data_dir: Path) -> Iterator[Service]:
     """`claas serve` on `data_dir`, with vLLM behind it. What its adapter learns stays from test to test of a module."""
+    vllm.forget_adapters()
     with running(data_dir, VLLM_BASE_URL=vllm.url) as started:
         yield started

@@ -80,6 +80,12 @@ class RealVllm:
             self._process.wait()
             self._process = None
 
+    def forget_adapters(self) -> None:
+        """As after a start: what tests before had loaded is gone."""
+        for card in httpx.get(f"{self.url}/v1/models", timeout=30.0).json()["data"]:
+            if card["parent"] is not None:
+                httpx.post(f"{self.url}/v1/unload_lora_adapter", json={"lora_name": card["id"]}, timeout=30.0).raise_for_status()
+
     def log(self) -> str:
         return self._log.read_text(errors="replace")[-4000:]
 

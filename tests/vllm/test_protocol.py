@@ -88,6 +88,7 @@ def double(tiny_model: Any) -> Iterator[Peer]:
 
 @pytest.fixture(scope="module")
 def real(vllm: RealVllm, loaded_model: Any) -> Iterator[Peer]:
+    vllm.forget_adapters()
     with httpx.Client(base_url=vllm.url, timeout=300.0, limits=NO_KEEPALIVE) as client:
         yield Peer(client, lambda folder, seed, rank: write_adapter(folder, loaded_model, seed=seed, rank=rank, scale=0.05))
 
