@@ -11,7 +11,7 @@ import httpx
 from sqlalchemy import create_engine, select
 from sqlalchemy.orm import Session
 
-from claas.storage.models import RolloutRow
+from claas.storage.models import FeedbackRow, RolloutRow
 from tests.integration.process import Service
 from tests.vllm.process import MODEL
 
@@ -38,6 +38,16 @@ def kept(data: Path, reply_id: str) -> Kept:
             row = session.scalars(select(RolloutRow).where(RolloutRow.id == reply_id)).one()
             ids, logprobs = list(row.response_token_ids), list(row.response_logprobs)
             return Kept(list(row.prompt_token_ids), ids, logprobs, row.finish_reason, row.text, row.version)
+    finally:
+        engine.dispose()
+
+
+def lessons(data: Path) -> list[str]:
+    """The state of every lesson that was ever sent, in their order."""
+    engine = create_engine(f"sqlite:///{data / 'claas.db'}")
+    try:
+        with Session(engine) as session:
+            return [row.state for row in session.scalars(select(FeedbackRow).order_by(FeedbackRow.number))]
     finally:
         engine.dispose()
 

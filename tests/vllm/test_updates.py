@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from tests.integration.process import Service, running
-from tests.vllm.asking import Kept, finished_reply, kept, streamed
+from tests.vllm.asking import Kept, finished_reply, kept, lessons, streamed
 from tests.vllm.process import RealVllm
 from tests.vllm.test_protocol import CHAT, TEXT
 
@@ -24,22 +23,31 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 
 STREAMS, UPDATES = 16, 5
 LESSON = {
-    "gradient_steps": 2, "learning_rate": 3e-3, "hindsight_rollouts": 0, "own_replies": True, "anchors": 0, "replay": 0,
+    "gradient_steps": 3, "learning_rate": 1e-3, "hindsight_rollouts": 0, "anchors": 0, "replay": 0,
     "min_signal": 0.0, "max_kl": 50.0, "max_forgetting": 50.0, "min_reply_logprob": -50.0,
 }  # fmt: skip
 """Short, and large enough that two versions can be told apart."""
+TRIES = 3
 PROMPTS = ("Tell me a story.", "Name three colours.", "What is rain?", "How do I cook rice?", "Who are you?")
+WANTED = (
+    "Once upon a time there was a fox.",
+    "Red, green and blue.",
+    "Water that falls from clouds.",
+    "Boil it in salted water.",
+    "I am Kuro.",
+)
 
 
-def teach(service: Service, text: str) -> int:
-    """One lesson; the new version."""
-    reply_id = finished_reply(service, random.choice(PROMPTS), stop=[".", "\n"])
-    body = {"requests": [{"completion_id": reply_id, "feedback": text, "training": LESSON}]}
-    answer = service.http.post("/v1/feedback", json=body)
-    assert answer.status_code == 200, answer.text
-    lesson: dict[str, Any] = answer.json()
-    assert lesson["status"] == "ok", lesson
-    return int(lesson["version"])
+def teach(service: Service, number: int) -> int:
+    """One lesson that a version came of; the checks may undo one before."""
+    for _ in range(TRIES):
+        reply_id = finished_reply(service, PROMPTS[number], stop=[".", "\n"])
+        body = {"requests": [{"completion_id": reply_id, "demonstration": WANTED[number], "training": LESSON}]}
+        answer = service.http.post("/v1/feedback", json=body)
+        assert answer.status_code == 200, answer.text
+        if answer.json()["status"] == "ok":
+            return int(answer.json()["version"])
+    raise AssertionError(answer.text)
 
 
 @dataclass(slots=True)
@@ -93,7 +101,7 @@ def test_sixteen_streams_through_five_updates(release: str, vllm: RealVllm, dire
     with running(data, VLLM_BASE_URL=vllm.url, CLAAS_VLLM_RELEASE=release) as service:
         load = Load(service)
         with load.running():
-            versions = [0, *(teach(service, f"Be brief. ({number})") for number in range(UPDATES))]
+            versions = [0, *(teach(service, number) for number in range(UPDATES))]
         assert load.failed == []
         assert len(load.ended) > 3 * STREAMS
         spoke = {speaker for _, speaker in load.ended}
@@ -111,7 +119,7 @@ def judge(direct: httpx.Client, data: Path, load: Load, folders: dict[str, Path]
     for speaker, folder in folders.items():
         for name, path in ((speaker, folder), ("other", folders[speakers[(speakers.index(speaker) + 3) % len(speakers)]])):
             direct.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)}).raise_for_status()
-        for reply_id in [reply_id for reply_id, spoke in load.ended if spoke == speaker][:12]:
+        for reply_id in [reply_id for reply_id, spoke in load.ended if spoke == speaker][:6]:
             reply = kept(data, reply_id)
             assert f"assistant@{reply.version}" == speaker
             own.append(max(gaps(direct, speaker, reply)))
@@ -121,13 +129,13 @@ def judge(direct: httpx.Client, data: Path, load: Load, folders: dict[str, Path]
     return own, other
 
 
-def teach_in_background(service: Service, text: str) -> threading.Thread:
+def teach_in_background(service: Service) -> threading.Thread:
     reply_id = finished_reply(service, "Who are you?", stop=[".", "\n"])
-    body = {"requests": [{"completion_id": reply_id, "feedback": text, "training": LESSON | {"gradient_steps": 40}}]}
+    lesson = {"completion_id": reply_id, "demonstration": WANTED[-1], "training": LESSON | {"gradient_steps": 64}}
 
     def post() -> None:
         with contextlib.suppress(httpx.TransportError):  # it is killed under us
-            httpx.post(f"{service.url}/v1/feedback", json=body, timeout=300)
+            httpx.post(f"{service.url}/v1/feedback", json={"requests": [lesson]}, timeout=300)
 
     thread = threading.Thread(target=post)
     thread.start()
@@ -138,9 +146,9 @@ def test_the_service_is_killed_while_vllm_sleeps(vllm: RealVllm, direct: httpx.C
     """The next one finds it asleep and wakes it; the last good version serves, and the lesson is not forgotten."""
     data = tmp_path / "data"
     with running(data, VLLM_BASE_URL=vllm.url, CLAAS_VLLM_RELEASE="sleep") as service:
-        first = teach(service, "Be brief.")
+        first = teach(service, 0)
         before = service.chat("Who are you?", max_tokens=20, temperature=0)["choices"][0]["message"]["content"]
-        teaching = teach_in_background(service, "Be polite.")
+        teaching = teach_in_background(service)
         while 'sleep_state="weights_offloaded"} 1.0' not in direct.get("/metrics").text:
             time.sleep(0.05)
         service.kill()
@@ -148,15 +156,16 @@ def test_the_service_is_killed_while_vllm_sleeps(vllm: RealVllm, direct: httpx.C
         assert direct.get("/is_sleeping").json() == {"is_sleeping": True}
     with running(data, VLLM_BASE_URL=vllm.url, CLAAS_VLLM_RELEASE="sleep") as service:
         assert direct.get("/is_sleeping").json() == {"is_sleeping": False}
+        assert lessons(data)[-1] == "failed", "it is written down"
         assert service.get("/v1/lora/versions", lora_id="assistant")["latest"] == first
         assert service.chat("Who are you?", max_tokens=20, temperature=0)["choices"][0]["message"]["content"] == before
-        assert teach(service, "Be polite.") > first, "and it can learn"
+        assert teach(service, 1) > first, "and it can learn"
 
 
 def test_vllm_is_killed_and_comes_back(vllm: RealVllm, tmp_path: Path) -> None:
     data = tmp_path / "data"
     with running(data, VLLM_BASE_URL=vllm.url, CLAAS_VLLM_RELEASE="sleep") as service:
-        teach(service, "Be brief.")
+        teach(service, 0)
         before = service.chat("Who are you?", max_tokens=20, temperature=0)["choices"][0]["message"]["content"]
         vllm.kill()
         try:
