@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from claas.core.errors import BackendUnavailable, ConfigurationError
+from claas.core.errors import ClaasError, ConfigurationError
 from claas.core.settings import Settings
 from claas.core.types import LoraInitRequest
 from claas.inference.base import InferenceBackend
@@ -67,7 +67,11 @@ async def open_services(settings: Settings, *, progress: bool = False) -> AsyncI
         await asyncio.to_thread(database.migrate)
         beside_vllm = settings.vllm_base_url is not None
         base = await asyncio.to_thread(load_base_model, settings, progress=progress, on_host=beside_vllm)
-        store = FilesystemAdapterStore(settings.adapters_dir, keep_versions=settings.keep_versions)
+        store = FilesystemAdapterStore(
+            settings.adapters_dir,
+            keep_versions=settings.keep_versions,
+            in_use=lambda lora_id, version: inference.in_use(lora_id, version),  # noqa: PLW0108 - there is none yet
+        )
         for line in await asyncio.to_thread(lambda: list(store.recover())):
             log.warning("%s", line)
 
@@ -84,11 +88,11 @@ async def open_services(settings: Settings, *, progress: bool = False) -> AsyncI
         learner = Learner(engine, inference, rollouts, updater, Ledger(feedback, journal, engine), locks, base.id)
         retraction = Retraction(engine, updater, feedback, journal, book, locks)
         lifecycle = AdapterLifecycle(engine, inference, rollouts, feedback, journal, book, locks, base.id)
-        # Closed in reverse: no new tokens, no new steps, then what still waits for either ends and is written down.
+        # Closed in reverse: no new steps (and a serving engine that slept is woken), no new tokens, then what waits for either ends.
         stack.push_async_callback(learner.aclose)
         stack.push_async_callback(retraction.aclose)
-        stack.push_async_callback(engine.aclose)
         stack.push_async_callback(inference.aclose)
+        stack.push_async_callback(engine.aclose)
         services = Services(settings, base.id, engine, inference, rollouts, feedback, journal, lifecycle, learner, retraction)
         await _begin(services)
         yield services
@@ -124,7 +128,7 @@ async def _begin(services: Services) -> None:
         await services.lifecycle.init(LoraInitRequest(lora_id=adapter))
     try:
         await services.inference.activate(await services.engine.lora_runtime_ref(adapter))
-    except BackendUnavailable as error:  # a server of its own may come later; until then requests are told so
+    except ClaasError as error:  # such as a server of its own that comes later: until then requests are told so
         log.warning("%s", error.message)
 
 

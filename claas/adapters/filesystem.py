@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,11 +43,12 @@ class _Adapter(Frozen):
 
 
 class FilesystemAdapterStore(AdapterStore):
-    """Keeps `keep_versions` versions of each adapter: the oldest go first, never the latest nor the one it was trained from."""
+    """Keeps `keep_versions` versions of each adapter: the oldest go first, never the latest, the one it was trained from, or one in use."""
 
-    def __init__(self, root: Path, *, keep_versions: int) -> None:
+    def __init__(self, root: Path, *, keep_versions: int, in_use: Callable[[str, int], bool] = lambda lora_id, version: False) -> None:
         self._root = root
         self._keep_versions = keep_versions
+        self._in_use = in_use
         self._lock = threading.RLock()
         with disk_errors():
             root.mkdir(parents=True, exist_ok=True)
@@ -113,7 +114,7 @@ class FilesystemAdapterStore(AdapterStore):
         folder = self._folder(lora_id)
         numbers = _numbers(folder)
         protected = {latest, self.version(lora_id, latest).parent}
-        droppable = [number for number in numbers if number not in protected]
+        droppable = [number for number in numbers if number not in protected and not self._in_use(lora_id, number)]
         for number in droppable[: max(0, len(numbers) - self._keep_versions)]:
             _remove(folder / f"v{number}")
 

@@ -188,10 +188,15 @@ class Replies:
             prompt_token_ids=reply.stream.prompt_token_ids,
             response_token_ids=tuple(token.id for token in tokens),
             response_logprobs=tuple(token.logprob for token in tokens),
-            sampling=reply.request.sampling,
+            sampling=reply.request.sampling.model_copy(update={"constrained": _constrained(reply.request)}),
             finish_reason=finish_reason,
             text=visible_text(reply.text),
         )
+
+
+def _constrained(request: GenerationRequest) -> bool:
+    """Whether a grammar may have forbidden tokens."""
+    return request.response_format is not None or request.tool_choice not in (None, "auto", "none")
 
 
 async def _all_or_none(starts: Sequence[Coroutine[Any, Any, Reply]]) -> list[Reply]:

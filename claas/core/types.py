@@ -48,7 +48,10 @@ class ChatMessage(Frozen):
 
 
 class SamplingParams(Frozen):
-    """How tokens are drawn. Defaults are OpenAI's. `max_tokens` None: as many as the context still holds."""
+    """How tokens are drawn. Defaults are OpenAI's. `max_tokens` None: as many as the context still holds.
+
+    `constrained`: a grammar forbade tokens, so that the logprobs of the reply are those of what it left over.
+    """
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
@@ -57,6 +60,7 @@ class SamplingParams(Frozen):
     stop: tuple[str, ...] = ()
     top_logprobs: int = Field(default=0, ge=0, le=20)
     ignore_eos: bool = False
+    constrained: bool = False
 
 
 class ToolCall(Frozen):
@@ -81,7 +85,7 @@ class Rollout(Frozen):
 
     `prompt_token_ids` and `response_token_ids` are the exact ids the model read and sampled; EOS is part of the response if
     and only if `finish_reason` is "stop" and the model sampled it. `response_logprobs` are nats under the unmodified model
-    distribution (temperature 1, no top-p), one for each response token. `text` is the visible reply.
+    distribution (temperature 1, no top-p), one for each response token, unless `sampling.constrained`. `text` is the visible reply.
     """
 
     id: str
@@ -182,6 +186,7 @@ class DistillBatchItem(Frozen):
     `response_logprobs` may be empty, since no importance ratio applies), or the base model's on an unrelated prompt (`anchor`).
     `feedback` may be empty; `demonstration` is the reply the user wanted, which the teacher is shown. `book` holds other lessons' feedback,
     oldest first, which a `book` teacher reads before this one's.
+    `version` is whose distribution `response_logprobs` are of; None where that is nobody's.
     A sample that is not `taught` has no loss: its logprob before and after the lesson is reported. One that is `replayed` belongs to an
     earlier lesson, whose feedback it carries.
     """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -192,6 +192,16 @@ class InferenceBackend(ABC):
     @abstractmethod
     async def activate(self, ref: LoraRuntimeRef) -> None:
         """Load a version so that the next request for it starts at once. Raises if it cannot be served."""
+
+    def in_use(self, lora_id: str, version: int) -> bool:
+        """Whether the files of this version must stay, since a running reply speaks through them."""
+        return False
+
+    @asynccontextmanager
+    async def leaving(self, lora_id: str) -> AsyncIterator[None]:
+        """Hold while an adapter's files are removed. A backend that reads them during a reply lets its replies end first."""
+        yield
+        await self.forget(lora_id)
 
     @abstractmethod
     async def forget(self, lora_id: str) -> None:

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Literal, TypeVar
 
 from pydantic import JsonValue
 from transformers import PreTrainedTokenizerBase
 
-from claas.core.errors import BackendUnavailable, BadRequest, ClaasError, ConfigurationError
+from claas.core.errors import BackendUnavailable, BadRequest, ClaasError, ConfigurationError, ContextOverflow
 from claas.core.settings import Settings
 from claas.core.types import LoraRuntimeRef, RoomPlan, ServiceHealth
 from claas.inference.base import GenerationChunk, GenerationRequest, InferenceBackend, Room, Score, TokenStream
 from claas.inference.vllm_adapters import VllmAdapters
-from claas.inference.vllm_control import DOWN, DeviceMemory, VllmControl
+from claas.inference.vllm_control import DOWN, HEALTH_TIMEOUT_S, DeviceMemory, VllmControl
 from claas.inference.vllm_http import UnknownToVllm, VllmDown, VllmHttp
 from claas.inference.vllm_wire import EventReader, route_and_body, score_body, scored
 from claas.models.chat_template import encode_reply, render
 
 BACKGROUND_AT_ONCE = 8
-HEALTH_TIMEOUT_S = 3.0
 LEAST_VERSION = (0, 31)
 SPECIMEN = "CLaaS: naïve façade, 12 345 £ and 你好 — def f(x): return x<0"
 
@@ -49,11 +48,12 @@ class VllmInference(InferenceBackend):
             policy=settings.vllm_release,
             drain_timeout_s=settings.feedback_drain_timeout_s,
             gate_timeout_s=settings.vllm_gate_timeout_s,
+            adapters=self._adapters,
             look=self._look,
-            load=self._adapters.load,
         )
         self._tokenizer = tokenizer
         self._base_model = ""
+        self._max_context = 0
         self._background = asyncio.Semaphore(BACKGROUND_AT_ONCE)
         self._streams: set[VllmStream] = set()
         self._closing = False
@@ -92,6 +92,14 @@ class VllmInference(InferenceBackend):
         async with self._control.admitted(background=True):
             await self._adapters.load(ref)
 
+    def in_use(self, lora_id: str, version: int) -> bool:
+        return self._adapters.in_use(lora_id, version)
+
+    @asynccontextmanager
+    async def leaving(self, lora_id: str) -> AsyncIterator[None]:
+        async with self._adapters.leaving(lora_id):
+            yield
+
     async def forget(self, lora_id: str) -> None:
         await self._adapters.forget(lora_id)
 
@@ -118,26 +126,34 @@ class VllmInference(InferenceBackend):
         await self._http.aclose()
 
     async def _known_there(self, ref: LoraRuntimeRef | None, work: Callable[[], Awaitable[T]]) -> T:
-        """`work`, and once more with the version loaded anew if vLLM has forgotten it, which it does when it is restarted."""
+        """`work`, and once more if vLLM has forgotten the version, which it does when it is restarted: then it is loaded anew."""
         try:
             return await work()
         except UnknownToVllm:
             if ref is None:
                 raise
-            self._adapters.drop(ref)
             return await work()
 
     async def _open(self, request: GenerationRequest) -> VllmStream:
         async with AsyncExitStack() as stack:
             model = await self._speaker(request, stack)
-            route, body = route_and_body(request, model, self._tokenizer)
+            route, body = route_and_body(request, model, self._tokenizer, self._max_context)
             events = await stack.enter_async_context(self._http.events(route, body))
             stream = VllmStream(events, EventReader(request.sampling.top_logprobs), self._control)
             await stream.begin()
+            self._check_fits(stream.prompt_token_ids, request.sampling.max_tokens or 0)
             self._streams.add(stream)
             stack.callback(self._streams.discard, stream)
             stream.owns(stack.pop_all())
         return stream
+
+    def _check_fits(self, prompt: Sequence[int], max_tokens: int) -> None:
+        """vLLM cuts a max_tokens that does not fit in silence. Raises ContextOverflow."""
+        if len(prompt) + max_tokens > self._max_context:
+            raise ContextOverflow(
+                f"the prompt has {len(prompt)} tokens and {max_tokens} are to be sampled, but the context holds {self._max_context}: send "
+                "a shorter one or ask for fewer max_tokens"
+            )
 
     async def _speaker(self, request: GenerationRequest, stack: AsyncExitStack) -> str:
         """The name in vLLM of who is to speak; admitted and loaded until the stack is closed."""
@@ -159,7 +175,8 @@ class VllmInference(InferenceBackend):
         if (found := re.match(r"(\d+)\.(\d+)", version)) and tuple(map(int, found.groups())) < LEAST_VERSION:
             raise ConfigurationError(f"vLLM {version} is too old: CLaaS needs {'.'.join(map(str, LEAST_VERSION))} or newer")
         cards = (await self._http.ask("GET", "/v1/models"))["data"]
-        self._base_model = next(card["id"] for card in cards if card["parent"] is None)
+        card = next(card for card in cards if card["parent"] is None)
+        self._base_model, self._max_context = card["id"], card["max_model_len"]
         body = {"model": self._base_model, "prompt": SPECIMEN, "add_special_tokens": False}
         theirs = (await self._http.ask("POST", "/tokenize", body))["tokens"]
         if tuple(theirs) != tuple(self._tokenizer(SPECIMEN, add_special_tokens=False)["input_ids"]):
@@ -201,17 +218,18 @@ class VllmStream(TokenStream):
             chunk, self._ahead = self._ahead, None
             while chunk is None:
                 chunk = self._reader.read(await self._next())
-        except BackendUnavailable as error:
-            self._ended = True
+        except ClaasError as error:
+            await self.aclose()
             if self._aborted:
                 return GenerationChunk(text="", tokens=(), finish_reason="abort")
             if isinstance(error, VllmDown):
                 await self._control.lost()
             raise
-        self._ended = chunk.finish_reason is not None
-        if self._ended:  # what is left says nothing; read to its end, the connection can be used again
-            async for _ in self._events:
-                pass
+        if chunk.finish_reason is not None:
+            with suppress(ClaasError):  # what is left says nothing; read to its end, the connection can be used again
+                async for _ in self._events:
+                    pass
+            await self.aclose()  # now, not when the last byte has been read by who asked: an update may be waiting
         return chunk
 
     async def _next(self) -> bytes:

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from claas.core.errors import BackendUnavailable, ClaasError, ConfigurationError, NotFound
-from claas.core.types import LoraRuntimeRef, RoomPlan
+from claas.core.types import RoomPlan
 from claas.inference.base import Room
+from claas.inference.vllm_adapters import VllmAdapters
 from claas.inference.vllm_http import RETRY_AFTER_S, VllmDown, VllmHttp
 
 ReleasePolicy = Literal["auto", "none", "kv_release", "sleep"]
@@ -38,6 +39,7 @@ RELEASES: dict[ReleasePolicy, tuple[Release, ...]] = {
 }
 CONTROL_TIMEOUT_S = 180.0
 """Of one control call: the first sleep allocates the host memory that the weights go to."""
+HEALTH_TIMEOUT_S = 3.0
 DOWN = "vLLM does not answer or is not ready yet: try again soon"
 WAKE_TRIES = 4
 LOOK_AGAIN_S = 1.0
@@ -59,7 +61,7 @@ class DeviceMemory:
 
 
 class VllmControl:
-    """The one who may pause a vLLM. `look` is asked whether it is the right one and awake; `load` loads an adapter version."""
+    """The one who may pause a vLLM. `look` is asked whether it is the right one."""
 
     def __init__(
         self,
@@ -69,8 +71,8 @@ class VllmControl:
         policy: ReleasePolicy,
         drain_timeout_s: float,
         gate_timeout_s: float,
+        adapters: VllmAdapters,
         look: Callable[[], Awaitable[None]],
-        load: Callable[[LoraRuntimeRef], Awaitable[None]],
     ) -> None:
         self.state: State = "down"
         self.running = 0
@@ -80,8 +82,9 @@ class VllmControl:
         self._policy: ReleasePolicy = policy
         self._drain_timeout_s = drain_timeout_s
         self._gate_timeout_s = gate_timeout_s
+        self._adapters = adapters
         self._look = look
-        self._load = load
+        self._closing = False
         self._device = asyncio.Lock()
         self._changed = asyncio.Condition()
         self._watch: asyncio.Task[None] | None = None
@@ -97,11 +100,13 @@ class VllmControl:
         self.waiting += 1
         try:
             async with asyncio.timeout(None if background else self._gate_timeout_s):
-                await self._until(lambda: self.state in ("serving", "down"))
+                await self._until(lambda: self._closing or self.state in ("serving", "down"))
         except TimeoutError:
             raise BackendUnavailable("the model is learning, and the update takes long: try again", retry_after_s=RETRY_AFTER_S) from None
         finally:
             self.waiting -= 1
+        if self._closing:
+            raise BackendUnavailable("the service is closing: try again later")
         if self.state == "down":
             raise VllmDown(DOWN)
         self.running += 1
@@ -128,22 +133,36 @@ class VllmControl:
             self._keep_looking()
 
     async def lost(self) -> None:
-        """A request found that vLLM is gone. An update that holds the device will find out for itself."""
-        if not self._device.locked() and self.state == "serving":
-            await self._become("down")
-            self._keep_looking()
+        """A request lost its connection. If vLLM is gone, so is everybody's; an update that holds the device finds out for itself."""
+        if self._closing or self._device.locked() or self.state != "serving":
+            return
+        try:
+            await self._http.ask("GET", "/health", timeout_s=HEALTH_TIMEOUT_S)
+        except BackendUnavailable:
+            if not self._device.locked():
+                await self._become("down")
+                self._keep_looking()
 
     async def aclose(self) -> None:
+        """Let nobody in any more, and let an update that runs wake vLLM. Whoever trains must have been closed before."""
+        self._closing = True
+        await self._tell()
+        async with self._device:
+            pass
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
 
     async def _repair(self) -> None:
-        await self._look()
-        if self._policy != "none":
-            try:
+        try:
+            await self._look()
+        except (KeyError, TypeError, ValueError, StopIteration) as error:
+            raise BackendUnavailable("what answers at VLLM_BASE_URL is no vLLM") from error
+        try:
+            if await self._asleep():
                 await self._wake_all()
-            except NotFound:
+        except NotFound:
+            if self._policy != "none":
                 raise ConfigurationError(
                     "vLLM has no control endpoints: start it with VLLM_SERVER_DEV_MODE=1, on loopback or a private network, or never let "
                     "it make room for a step (CLAAS_VLLM_RELEASE=none)"
@@ -151,7 +170,7 @@ class VllmControl:
         await self._become("serving")
 
     def _keep_looking(self) -> None:
-        if self._watch is None or self._watch.done():
+        if not self._closing and (self._watch is None or self._watch.done()):
             self._watch = asyncio.create_task(self._look_until_it_serves())
 
     async def _look_until_it_serves(self) -> None:
@@ -162,10 +181,10 @@ class VllmControl:
                 async with self._device:
                     await self._repair()
                 log.info("vLLM serves")
-            except ClaasError as error:
-                if error.message != told:
-                    log.warning("%s", error.message)
-                told = error.message
+            except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the watch
+                if str(error) != told:
+                    log.warning("vLLM is down: %s", error)
+                told = str(error)
 
     # --- an update ---
 
@@ -226,6 +245,7 @@ class VllmControl:
         try:
             async with asyncio.timeout(self._drain_timeout_s):
                 await self._until(lambda: self.running == 0)
+                await self._adapters.settled()  # whoever asked may have left: nothing may be loaded into weights that are asleep
         except TimeoutError:
             raise BackendUnavailable(
                 f"replies still ran after {self._drain_timeout_s:g} s, so the update did not begin: send the feedback again "
@@ -255,8 +275,8 @@ class VllmControl:
                     room.woke = room.slept
                     await self._become("serving")
                     return
-                except ClaasError as error:
-                    log.warning("waking vLLM failed: %s", error.message)
+                except Exception as error:  # noqa: BLE001 - whatever it is, the gate must open
+                    log.warning("waking vLLM failed: %s", error)
                     await asyncio.sleep(0.5 * 2**attempt)
             await self._become("down")
             self._keep_looking()
@@ -265,15 +285,19 @@ class VllmControl:
         if room.next is None:
             return
         try:
-            await self._load(room.next)
+            await self._adapters.load(room.next)
         except ClaasError as error:  # waking goes first: whoever activates the version will be told
             log.warning("version %d of %r could not be loaded: %s", room.next.version, room.next.lora_id, error.message)
 
     async def _wake_all(self) -> None:
         """Awake and scheduling, whatever it was: asleep, paused, or neither."""
         await self._call("/wake_up")
-        if (await self._http.ask("GET", "/is_sleeping", timeout_s=CONTROL_TIMEOUT_S))["is_sleeping"]:
+        if await self._asleep():
             raise BackendUnavailable("vLLM was told to wake up and is still asleep")
+
+    async def _asleep(self) -> bool:
+        """Asleep or paused."""
+        return bool(await self._http.ask("GET", "/is_sleeping", timeout_s=CONTROL_TIMEOUT_S) != {"is_sleeping": False})
 
     async def _call(self, path: str, **params: str) -> None:
         await self._http.ask("POST", path, params=params, timeout_s=CONTROL_TIMEOUT_S)

@@ -55,7 +55,7 @@ class VllmHttp:
         """The answer's JSON; its text if it is none. `timeout_s` None waits as long as it takes.
 
         Raises:
-            VllmDown: no answer in time.
+            VllmDown: no answer.
             NotFound, ContextOverflow, UpstreamRefused, Overloaded, BackendUnavailable: what vLLM answered instead.
         """
         request = self._client.build_request(method, path, json=body, params=params)
@@ -67,7 +67,7 @@ class VllmHttp:
                 finally:
                     await response.aclose()
         except TimeoutError:
-            raise VllmDown(f"vLLM did not answer {path!r} within {timeout_s:g} s") from None
+            raise BackendUnavailable(f"vLLM did not answer {path!r} within {timeout_s:g} s", retry_after_s=RETRY_AFTER_S) from None
         except httpx.TransportError as error:
             raise _broke_off(error) from error
         try:
@@ -136,7 +136,7 @@ def error_of(status: int, content: bytes) -> ClaasError:
         return BackendUnavailable("vLLM refuses the key of this service: set VLLM_API_KEY to the one that it was started with")
     if status == 429:
         return Overloaded(f"vLLM: {message}", retry_after_s=RETRY_AFTER_S)
-    if status < 500 and re.search(r"max_model_len|context length", message):
+    if status < 500 and re.search(r"max_model_len|context length|max_tokens must be at least 1", message):
         return ContextOverflow(message)
     if status < 500:
         return UpstreamRefused(message, status=status, param=param)

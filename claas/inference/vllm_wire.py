@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from claas.core.errors import BackendUnavailable
 from claas.core.types import ChatMessage, FinishReason
 from claas.inference.base import GenerationChunk, GenerationRequest, SampledToken, ToolCallPiece
+from claas.inference.vllm_http import error_of
 from claas.models.chat_template import MARK, neutralise
 
 CHAT = "/v1/chat/completions"
@@ -26,7 +27,9 @@ ZERO_WIDTH_SPACE = "\u200b"
 _FINISHED: Mapping[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}
 
 
-def route_and_body(request: GenerationRequest, model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict[str, Any]]:
+def route_and_body(
+    request: GenerationRequest, model: str, tokenizer: PreTrainedTokenizerBase, max_context: int
+) -> tuple[str, dict[str, Any]]:
     """Where to post the request, and what. Everything that vLLM might take from the model's own generation config is said."""
     sampling = request.sampling
     body: dict[str, Any] = {
@@ -47,7 +50,8 @@ def route_and_body(request: GenerationRequest, model: str, tokenizer: PreTrained
     }
     if request.prompt is not None:
         prompt = tokenizer(request.prompt)["input_ids"]
-        return TEXT, body | {"prompt": prompt, "logprobs": sampling.top_logprobs}
+        limit = sampling.max_tokens or max(1, max_context - len(prompt))  # None means 16 there
+        return TEXT, body | {"prompt": prompt, "logprobs": sampling.top_logprobs, "max_tokens": limit}
     body |= {"messages": [_message(tokenizer, message) for message in request.messages], "logprobs": True}
     body |= {"top_logprobs": sampling.top_logprobs, "chat_template_kwargs": _template_kwargs(request, tokenizer)}
     if tools := request.tools or request.template_kwargs.get("tools"):  # the latter stand in the prompt, and are not to be called
@@ -75,10 +79,11 @@ class EventReader:
         self.prompt_token_ids: tuple[int, ...] = ()
 
     def read(self, data: bytes) -> GenerationChunk | None:
-        """What the event adds; None for one that adds nothing. Raises BackendUnavailable for an error, or ids that do not match."""
+        """What the event adds; None for one that adds nothing. Raises what an error event says, BackendUnavailable for unequal ids."""
         event = json.loads(data)
         if "error" in event:
-            raise BackendUnavailable(f"vLLM failed in the middle of a reply: {event['error'].get('message')}")
+            code = event["error"].get("code")
+            raise error_of(code if isinstance(code, int) and code >= 400 else 500, data)
         if not event["choices"]:
             return None
         choice = event["choices"][0]

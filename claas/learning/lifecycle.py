@@ -104,9 +104,9 @@ class AdapterLifecycle:
         """Remove the adapter and all that was kept of it: versions, rollouts, feedback, steps, lessons. Raises NotFound."""
         parse_adapter_id(lora_id)
         async with self._locks.hold(lora_id):
-            if not (await self._engine.delete_lora(lora_id)).deleted:
-                raise NotFound(f"there is no adapter {lora_id!r}", param="lora_id")
-            await self._inference.forget(lora_id)
+            async with self._inference.leaving(lora_id):
+                if not (await self._engine.delete_lora(lora_id)).deleted:
+                    raise NotFound(f"there is no adapter {lora_id!r}", param="lora_id")
             await self._rollouts.delete_adapter(lora_id)
             await self._feedback.delete_adapter(lora_id)
             await self._journal.delete_adapter(lora_id)

@@ -114,7 +114,7 @@ def _sample(item: FeedbackItem, rollout: Rollout) -> DistillBatchItem:
         response_token_ids=rollout.response_token_ids,
         messages=rollout.messages,
         template_kwargs=rollout.template_kwargs,
-        version=rollout.version,
+        version=None if rollout.sampling.constrained else rollout.version,
         completion_id=rollout.id,
     )
 

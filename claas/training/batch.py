@@ -28,7 +28,8 @@ Render = Callable[[Sequence[ChatMessage], Mapping[str, JsonValue]], tuple[int, .
 class Sample:
     """One sequence to train on: the student's prompt, the teacher's, and the response both continue with.
 
-    `old_logp` is None where the sample is on-policy or not the student's own: then its importance ratio is 1.
+    `old_logp` is None where the sample is on-policy or not the student's own: then its importance ratio is 1. `served_logp` of a `masked`
+    sample are of no version's own distribution.
     """
 
     source: SampleSource
@@ -42,6 +43,7 @@ class Sample:
     age: int
     taught: bool = True
     replayed: bool = False
+    masked: bool = False
 
     @property
     def length(self) -> int:
@@ -97,6 +99,7 @@ def prepare(
         response=item.response_token_ids,
         served_logp=item.response_logprobs,
         on_policy=not own or item.version is None or item.version == parent,
+        masked=own and item.version is None,
         age=parent - item.version if own and item.version is not None else 0,
         taught=item.taught,
         replayed=item.replayed,

@@ -75,7 +75,7 @@ def _support(batches: list[MicroBatch]) -> Support:
 
 def _off_policy(result: StepResult, config: TrainingConfig) -> OffPolicy:
     ratio_N = result.before.ratio
-    own = [(s, b) for b in result.batches for s in b.samples if s.source == "sampled" and s.on_policy and s.served_logp]
+    own = [(s, b) for b in result.batches for s in b.samples if s.source == "sampled" and s.on_policy and not s.masked]
     mismatch = None
     if own:
         served = torch.tensor([logp for s, _ in own for logp in s.served_logp])

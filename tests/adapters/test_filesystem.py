@@ -175,3 +175,15 @@ def test_files_in_a_version_folder_that_are_no_versions_are_not_listed(tmp_path:
     for name in ("v01", "v1x", "version", "v"):
         (tmp_path / "me~a" / name).mkdir()
     assert [version.version for version in store.versions("me/a")] == [0]
+
+
+def test_a_version_that_a_reply_still_speaks_through_outlives_its_turn(tmp_path: Path) -> None:
+    spoken: set[tuple[str, int]] = {("me/a", 0)}
+    store = FilesystemAdapterStore(tmp_path, keep_versions=2, in_use=lambda lora_id, version: (lora_id, version) in spoken)
+    store.create("me/a", "base")
+    for _ in range(4):
+        store.set_latest("me/a", _publish(store))
+    assert [version.version for version in store.versions("me/a")] == [0, 3]
+    spoken.clear()
+    store.set_latest("me/a", _publish(store))
+    assert [version.version for version in store.versions("me/a")] == [3, 4]

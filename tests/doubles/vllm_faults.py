@@ -27,7 +27,7 @@ class Fault:
 
     status: answered `status` with `text`, nothing done. hang: never answered, nothing done. delay: done after `seconds`.
     lost: done, and the connection is cut instead of an answer. die: the server dies before it is done. die_after: after.
-    drop: the connection is cut after `tokens` streamed tokens. error: the stream breaks with an error event after `tokens` tokens.
+    drop: the connection is cut after `tokens` streamed tokens. error: the stream breaks after them with an error event of `status`.
     """
 
     path: str

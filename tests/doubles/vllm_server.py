@@ -343,7 +343,7 @@ class VllmDouble:
                     await self._break_connection(http)
                     await asyncio.Event().wait()
                 if fault and fault.do == "error" and sent >= fault.tokens:
-                    raise Refused(500, "InternalServerError", fault.text)
+                    raise Refused(fault.status, "InternalServerError", fault.text)
             if (request.body.get("stream_options") or {}).get("include_usage"):
                 yield wire.event(head | {"choices": [], "usage": wire.usage(request)})
         except Refused as refused:

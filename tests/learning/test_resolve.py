@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from claas.core.errors import BadRequest, ClaasError, Conflict, NotFound, Unteachable
-from claas.core.types import ChatMessage, TrainingConfig
+from claas.core.types import ChatMessage, SamplingParams, TrainingConfig
 from claas.learning.resolve import ResolvedLesson, resolve
 from claas.learning.types import FeedbackItem
 from claas.training.hindsight import DISLIKED
@@ -127,3 +127,10 @@ async def test_training_settings_go_over_the_defaults_and_are_checked(school: Sc
         with pytest.raises(BadRequest) as caught:
             await resolved(school, item.model_copy(update={"training": wrong}))
         assert caught.value.param == f"requests.0.training.{next(iter(wrong))}"
+
+
+async def test_logprobs_under_a_grammar_are_of_no_version(school: School) -> None:
+    """The grammar left fewer tokens to choose from, so an importance ratio against them would be wrong."""
+    await school.rollout(version=0, sampling=SamplingParams(constrained=True))
+    (sample,) = (await resolved(school)).payload(("fb-1",)).samples
+    assert sample.version is None and sample.response_logprobs == (-0.5, -0.25)
