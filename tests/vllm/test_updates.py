@@ -23,31 +23,21 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 
 STREAMS, UPDATES = 16, 5
 LESSON = {
-    "gradient_steps": 3, "learning_rate": 1e-3, "hindsight_rollouts": 0, "anchors": 0, "replay": 0,
+    "gradient_steps": 2, "learning_rate": 5e-4, "hindsight_rollouts": 0, "anchors": 0, "replay": 0,
     "min_signal": 0.0, "max_kl": 50.0, "max_forgetting": 50.0, "min_reply_logprob": -50.0,
 }  # fmt: skip
-"""Short, and large enough that two versions can be told apart."""
-TRIES = 3
+"""Short; a good rating of the model's own words makes a version that can be told apart, and is fit to serve."""
 PROMPTS = ("Tell me a story.", "Name three colours.", "What is rain?", "How do I cook rice?", "Who are you?")
-WANTED = (
-    "Once upon a time there was a fox.",
-    "Red, green and blue.",
-    "Water that falls from clouds.",
-    "Boil it in salted water.",
-    "I am Kuro.",
-)
 
 
 def teach(service: Service, number: int) -> int:
-    """One lesson that a version came of; the checks may undo one before."""
-    for _ in range(TRIES):
-        reply_id = finished_reply(service, PROMPTS[number], stop=[".", "\n"])
-        body = {"requests": [{"completion_id": reply_id, "demonstration": WANTED[number], "training": LESSON}]}
-        answer = service.http.post("/v1/feedback", json=body)
-        assert answer.status_code == 200, answer.text
-        if answer.json()["status"] == "ok":
-            return int(answer.json()["version"])
-    raise AssertionError(answer.text)
+    """One lesson; the new version."""
+    reply_id = finished_reply(service, PROMPTS[number], stop=[".", "\n"])
+    body = {"requests": [{"completion_id": reply_id, "rating": 1, "training": LESSON}]}
+    answer = service.http.post("/v1/feedback", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["status"] == "ok", answer.text
+    return int(answer.json()["version"])
 
 
 @dataclass(slots=True)
@@ -109,15 +99,16 @@ def test_sixteen_streams_through_five_updates(release: str, vllm: RealVllm, dire
         folders = {f"assistant@{version}": data / "adapters" / "assistant" / f"v{version}" for version in versions}
         own, other = judge(direct, data, load, folders)
         assert max(own) < 0.3, "no token is another version's"
-        assert sorted(other)[len(other) // 2] > 2 * max(own), "another version would have been noticed"
+        assert sorted(other)[len(other) // 2] > 2 * max(own), f"another version would have been noticed: {own} {other}"
 
 
 def judge(direct: httpx.Client, data: Path, load: Load, folders: dict[str, Path]) -> tuple[list[float], list[float]]:
-    """The largest gap of each of some replies, under the version that it names and under the one two before or after."""
+    """The largest gap of each of some replies, under the version that it names and under one far from it."""
     own, other = [], []
-    speakers = list(folders)
-    for speaker, folder in folders.items():
-        for name, path in ((speaker, folder), ("other", folders[speakers[(speakers.index(speaker) + 3) % len(speakers)]])):
+    first, *_, last = speakers = list(folders)
+    for number, (speaker, folder) in enumerate(folders.items()):
+        far = last if number < len(speakers) / 2 else first
+        for name, path in ((speaker, folder), ("other", folders[far])):
             direct.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)}).raise_for_status()
         for reply_id in [reply_id for reply_id, spoke in load.ended if spoke == speaker][:6]:
             reply = kept(data, reply_id)
@@ -131,7 +122,7 @@ def judge(direct: httpx.Client, data: Path, load: Load, folders: dict[str, Path]
 
 def teach_in_background(service: Service) -> threading.Thread:
     reply_id = finished_reply(service, "Who are you?", stop=[".", "\n"])
-    lesson = {"completion_id": reply_id, "demonstration": WANTED[-1], "training": LESSON | {"gradient_steps": 64}}
+    lesson = {"completion_id": reply_id, "rating": 1, "training": LESSON | {"gradient_steps": 64}}
 
     def post() -> None:
         with contextlib.suppress(httpx.TransportError):  # it is killed under us
