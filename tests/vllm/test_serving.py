@@ -15,7 +15,7 @@ from tests.integration.process import Service
 from tests.vllm.asking import direct_choice, kept, loaded_versions, streamed
 from tests.vllm.test_protocol import CHAT, NAMED, TEXT, TOOL
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 
 REQUESTS = 200
 SNIPPETS = (
