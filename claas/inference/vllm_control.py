@@ -156,7 +156,7 @@ class VllmControl:
     async def _repair(self) -> None:
         try:
             await self._look()
-        except (KeyError, TypeError, ValueError, StopIteration) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise BackendUnavailable("what answers at VLLM_BASE_URL is no vLLM") from error
         try:
             if await self._asleep():

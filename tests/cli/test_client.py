@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from claas.cli.client import Client, ServiceError, Unreachable
 from claas.core.errors import ClaasError, StepFailed
 from tests.cli.conftest import KEY, Live, claas
+from tests.doubles.http import Answering, handled_by
 from tests.doubles.services import ADAPTER, BASE_MODEL
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -23,28 +22,16 @@ HELLO = [{"role": "user", "content": "Hello"}]
 def answering(status: int, body: bytes) -> Iterator[str]:
     """Some other server, which says the same to everyone."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Answering):
         def do_GET(self) -> None:
-            self.send_response(status)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.answer(status, body)
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["content-length"]))
             self.do_GET()
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with handled_by(Handler) as url:
+        yield url
 
 
 def free_port() -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
+
+from tests.doubles.http import Answering, handled_by
 
 PATHS = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/chat/completions"]
 CONTROL = ["/pause", "/resume", "/sleep", "/wake_up", "/is_sleeping", "/release_kv_cache_memory"]
@@ -39,25 +39,12 @@ def answers(model: str = "tiny", **changes: Any) -> dict[str, Any]:
 def saying(answers: dict[str, Any], key: str = "") -> Iterator[str]:
     """Answers so on a free port, under /v1 only to those who have `key`; yields the URL."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Answering):
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
             refused = path.startswith("/v1/") and key and self.headers.get("authorization") != f"Bearer {key}"
             status = 401 if refused else 200 if path in answers else 404
-            body = json.dumps(answers.get(path) if status == 200 else {"error": "no"}).encode()
-            self.send_response(status)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.answer(status, json.dumps(answers.get(path) if status == 200 else {"error": "no"}).encode())
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with handled_by(Handler) as url:
+        yield url

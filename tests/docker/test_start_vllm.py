@@ -72,8 +72,7 @@ def test_it_listens_to_this_machine_alone_unless_told_otherwise() -> None:
 
 
 def test_the_default_is_what_claas_is_set_to(tmp_path: Path) -> None:
-    if not (ROOT / ".venv" / "bin" / "python").exists():
-        pytest.skip("make setup has not been run here")
+    assert (ROOT / ".venv" / "bin" / "python").exists(), "`make setup` makes it, and the script asks it"
     mine = dict(pairwise(command("--cpu", CLAAS_CACHE_DIR=str(tmp_path))))
     assert mine["--model"].startswith(f"{tmp_path}/SmolLM2-135M-Instruct-")
     assert mine["--served-model-name"] == "SmolLM2-135M-Instruct"
@@ -127,10 +126,10 @@ def test_the_page_explains_every_flag_and_no_other() -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="no vLLM in .venv-vllm: make test-vllm installs it")
 @pytest.mark.parametrize("device", ["--cpu", "--cuda"])
 def test_vllm_knows_every_flag(device: str, tmp_path: Path) -> None:
     """vLLM's own parser reads them: a flag that it does not know, or a value that it refuses, ends it."""
+    assert VLLM_PYTHON.exists(), "`make test-vllm` installs it"
     words = command(
         device, "--model", "a/b", "--max-model-len", "4096", "--", "--gpu-memory-utilization", "0.88", "--tool-call-parser", "hermes"
     )

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from claas.core.errors import BackendUnavailable
+from claas.core.settings import Settings
 from claas.core.types import LoraRuntimeRef, RoomPlan
 from claas.inference.vllm import VllmInference
+from claas.inference.vllm_control import DeviceMemory
 from claas.models.base_model import LoadedModel
+from tests.doubles.http import Answering, handled_by
 from tests.doubles.vllm_script import voices
 from tests.doubles.vllm_server import VllmDouble
 from tests.inference.asking import ask
@@ -160,3 +165,21 @@ async def test_a_slow_vllm_is_waited_for(tiny_model: LoadedModel, tmp_path: Path
             assert room.seconds["sleep"] >= 0.3 and room.seconds["wake"] >= 0.6
             assert (await backend.complete(ask(adapter=new))).tokens
     assert double.violations == []
+
+
+@pytest.mark.parametrize("models", [{"data": []}, {"data": [{"id": "x"}]}, {"objects": 1}, [], "hello"], ids=str)
+async def test_something_else_that_answers_there_is_no_vllm(models: Any, tiny_model: LoadedModel, tmp_path: Path) -> None:
+    """The service starts, says so, and goes on looking."""
+
+    class Handler(Answering):
+        def do_GET(self) -> None:
+            self.answer(200, json.dumps({"version": "0.32.0"} if self.path == "/version" else models).encode())
+
+    with handled_by(Handler) as url:
+        settings = Settings(data_dir=tmp_path, vllm_base_url=url)
+        backend = VllmInference(settings, tiny_model.tokenizer, DeviceMemory(lambda: 0, lambda: None))
+        await backend.begin()
+        with pytest.raises(BackendUnavailable, match="not ready"):
+            await backend.stream(ask())
+        assert (await backend.health()).status == "unhealthy"
+        await backend.aclose()

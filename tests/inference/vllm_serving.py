@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,14 @@ from tests.doubles.vllm_server import VllmDouble
 from tests.inference.gate import until
 
 STEP_NEEDS = 7 * GIB
+
+
+@contextmanager
+def sound_double(tokenizer: PreTrainedTokenizerBase, **how: Any) -> Iterator[VllmDouble]:
+    """A double that nothing was done to which would have harmed a vLLM: no reply was aborted, nothing touched what slept."""
+    with VllmDouble(tokenizer, **how) as server:
+        yield server
+        assert server.violations == []
 
 
 def memory_of(double: VllmDouble, needed: int = STEP_NEEDS) -> DeviceMemory:

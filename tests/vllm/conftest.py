@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from tests.doubles.vllm_server import VllmDouble
 from tests.integration.process import Service, running
-from tests.vllm.process import RealVllm
+from tests.models.tiny import tiny_tokenizer, write_adapter
+from tests.vllm.peer import NO_KEEPALIVE, Peer
+from tests.vllm.process import MODEL, RealVllm
 
 ROOT = Path(__file__).resolve().parents[2]
 # Taken out of the environment: the service refuses CLAAS_ variables that are no settings of its.
@@ -53,3 +57,27 @@ def service(vllm: RealVllm, data_dir: Path) -> Iterator[Service]:
     vllm.forget_adapters()
     with running(data_dir, VLLM_BASE_URL=vllm.url) as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def double(tiny_model: Any) -> Iterator[Peer]:
+    server = VllmDouble(tiny_tokenizer(), device="cpu", model=MODEL, max_model_len=2048, step_s=0.002)
+    with server, httpx.Client(base_url=server.url, timeout=30.0, limits=NO_KEEPALIVE) as client:
+        yield Peer(client, lambda folder, seed, rank: write_adapter(folder, tiny_model, seed=seed, rank=rank))
+
+
+@pytest.fixture(scope="module")
+def real(vllm: RealVllm, loaded_model: Any) -> Iterator[Peer]:
+    vllm.forget_adapters()
+    with httpx.Client(base_url=vllm.url, timeout=300.0, limits=NO_KEEPALIVE) as client:
+        yield Peer(client, lambda folder, seed, rank: write_adapter(folder, loaded_model, seed=seed, rank=rank, scale=0.05))
+
+
+@pytest.fixture(params=["double", pytest.param("real", marks=pytest.mark.vllm)])
+def peer(request: pytest.FixtureRequest) -> Iterator[Peer]:
+    found: Peer = request.getfixturevalue(request.param)
+    try:
+        yield found
+    finally:
+        found.post("/wake_up")
+        assert found.asleep() == (False, False)

@@ -11,8 +11,8 @@ import pytest
 
 from tests.integration.process import Service
 from tests.vllm.asking import finished_reply, loaded_versions
+from tests.vllm.peer import CHAT
 from tests.vllm.process import RealVllm
-from tests.vllm.test_protocol import CHAT
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.integration.process import Service
 from tests.vllm.asking import direct_choice, kept, loaded_versions, streamed
-from tests.vllm.test_protocol import CHAT, NAMED, TEXT, TOOL
+from tests.vllm.peer import CHAT, NAMED, TEXT, TOOL
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 

@@ -16,8 +16,8 @@ import pytest
 
 from tests.integration.process import Service, running
 from tests.vllm.asking import Kept, finished_reply, kept, lessons, streamed
+from tests.vllm.peer import CHAT, TEXT
 from tests.vllm.process import RealVllm
-from tests.vllm.test_protocol import CHAT, TEXT
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 
