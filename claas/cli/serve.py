@@ -22,7 +22,6 @@ def serve(
 
     What is not said here comes from the CLAAS_... variables, the file that CLAAS_CONFIG names, or the defaults: see docs/settings.md.
     """
-    import asyncio
     import sys
     from contextlib import closing
     from functools import partial
@@ -44,5 +43,5 @@ def serve(
             for label, line in server.hint(url, services).items():
                 typer.echo(f"  {label:8}{line}")
 
-        asyncio.run(server.run(settings, partial(open_services, progress=sys.stderr.isatty()), sock, on_ready, verbose=verbose))
+        server.run(settings, partial(open_services, progress=sys.stderr.isatty()), sock, on_ready, verbose=verbose)
     typer.echo("Stopped.")

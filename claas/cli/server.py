@@ -19,6 +19,7 @@ from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from typing import Any
 
 import uvicorn
+from uvicorn.loops.auto import auto_loop_factory
 
 from claas.api.app import create_app
 from claas.core.errors import ConfigurationError
@@ -63,7 +64,9 @@ class Server(uvicorn.Server):
 
 def bind(host: str, port: int) -> socket.socket:
     """Take the address before the model is loaded, so that a taken port is known at once. Raises ConfigurationError."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With its protocol named: asyncio turns Nagle's algorithm off on such sockets alone, which would hold streamed tokens back by 40 ms.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if os.name == "posix":  # elsewhere it would let two services share the port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -82,7 +85,7 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def run(
+def run(
     settings: Settings,
     open_services: OpenServices,
     sock: socket.socket,
@@ -92,18 +95,23 @@ async def run(
     signals: bool = True,
 ) -> None:
     """Serve until told to stop: by Ctrl-C or SIGTERM where `signals`, else by `Server.should_exit`. Raises what opening raises."""
-    async with open_services(settings) as services:
-        config = uvicorn.Config(
-            create_app(lambda: nullcontext(services)),
-            log_config=None,
-            access_log=verbose,
-            lifespan="on",
-            timeout_graceful_shutdown=LAST_RESORT_S,
-            server_header=False,
-        )
-        server = Server(config, services, lambda: on_ready(server, services))
-        with _stop_on_signals(server) if signals else nullcontext():
-            await server.serve(sockets=[sock])
+
+    async def serve() -> None:
+        async with open_services(settings) as services:
+            config = uvicorn.Config(
+                create_app(lambda: nullcontext(services)),
+                log_config=None,
+                access_log=verbose,
+                lifespan="on",
+                timeout_graceful_shutdown=LAST_RESORT_S,
+                server_header=False,
+            )
+            server = Server(config, services, lambda: on_ready(server, services))
+            with _stop_on_signals(server) if signals else nullcontext():
+                await server.serve(sockets=[sock])
+
+    with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+        runner.run(serve())
 
 
 def quieten(*, verbose: bool) -> None:
@@ -132,7 +140,7 @@ def in_background(settings: Settings, open_services: OpenServices) -> Iterator[s
 
         def serve() -> None:
             try:
-                asyncio.run(run(settings, open_services, sock, lambda server, _: ready.set_result(server), signals=False))
+                run(settings, open_services, sock, lambda server, _: ready.set_result(server), signals=False)
             except BaseException as error:
                 if ready.done():
                     raise

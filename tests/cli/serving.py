@@ -29,7 +29,7 @@ def main() -> None:
         sys.stdout.write(server.url_of(sock) + "\n")
         sys.stdout.flush()
 
-    asyncio.run(server.run(Settings(data_dir=Path(sys.argv[1])), open_services, sock, on_ready))
+    server.run(Settings(data_dir=Path(sys.argv[1])), open_services, sock, on_ready)
 
 
 if __name__ == "__main__":

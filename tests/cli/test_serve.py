@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -93,6 +94,21 @@ def test_urls_can_be_opened_from_this_machine() -> None:
     for host, expected in [("127.0.0.1", "http://127.0.0.1:"), ("0.0.0.0", "http://127.0.0.1:")]:
         with server.bind(host, 0) as sock:
             assert server.url_of(sock) == f"{expected}{sock.getsockname()[1]}"
+
+
+async def test_streamed_tokens_leave_at_once() -> None:
+    """Nagle's algorithm would keep all but the first until the client has confirmed that one, 40 ms later."""
+    undelayed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        undelayed.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    sock = server.bind("127.0.0.1", 0)
+    async with await asyncio.start_server(connected, sock=sock):
+        _, writer = await asyncio.open_connection(*sock.getsockname())
+        assert await undelayed != 0
+        writer.close()
 
 
 async def test_the_hint_speaks_of_what_is_served(tmp_path: Path) -> None:
