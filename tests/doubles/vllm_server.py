@@ -1,21 +1,18 @@
 """A small, honest double of vLLM 0.32's HTTP server: the same routes, shapes, states and refusals, scripted text, faults on demand.
 
-It runs with uvicorn in a thread on a loopback port, can be killed without a goodbye and started again on the same port with no adapter
-loaded. It writes down every call in order. `tests/vllm/test_protocol.py` asks it and a real vLLM the same questions.
+It can be killed without a goodbye and started again on the same port with no adapter loaded. It writes down every call in order.
+`tests/vllm/test_protocol.py` asks it and a real vLLM the same questions.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
-from typing import Any, Self, get_args
+from contextlib import asynccontextmanager
+from typing import Any, get_args
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
@@ -25,6 +22,7 @@ from starlette.routing import Route
 from transformers import PreTrainedTokenizerBase
 
 from tests.doubles import vllm_wire as wire
+from tests.doubles.loopback import Loopback
 from tests.doubles.vllm_engine import Mode, Refused, VllmEngine
 from tests.doubles.vllm_faults import Call, Fault
 from tests.doubles.vllm_script import Step
@@ -36,7 +34,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 
-class VllmDouble:
+class VllmDouble(Loopback):
     """The server. `engine` is that of the present life; `calls`, `faults` and `violations` outlive it.
 
     `chunk_tokens` tokens go into one streamed chunk, as when a client reads slowly. Other options are the engine's.
@@ -53,72 +51,31 @@ class VllmDouble:
         chunk_tokens: int = 1,
         **engine: Any,
     ) -> None:
+        super().__init__()
         self.calls: list[Call] = []
         self.faults: list[Fault] = []
         self.violations: list[str] = []
         self.chunk_tokens = chunk_tokens
-        self.port = 0
         self._new_engine: Callable[[], VllmEngine] = lambda: VllmEngine(tokenizer, violations=self.violations, **engine)
         self.engine = self._new_engine()
         self._api_key, self._dev_mode, self._runtime_loras, self._parsers = api_key, dev_mode, runtime_loras, parsers
         self._draws = 0
-        self._server: uvicorn.Server | None = None
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     # Life
 
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.kill()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
     def start(self) -> None:
-        """A new life with no adapter loaded; the port stays the same from the first start on."""
-        listener = socket.create_server(("127.0.0.1", self.port))
-        self.port = listener.getsockname()[1]
+        """A new life with no adapter loaded."""
         self.engine = self._new_engine()
-        self.engine.on_death = self._cut
-        server = uvicorn.Server(uvicorn.Config(self._app(), log_level="critical", lifespan="on"))
-        self._server, self._thread = server, threading.Thread(target=server.run, args=([listener],), daemon=True)
-        self._thread.start()
-        while not server.started:
-            assert self._thread.is_alive(), "the double did not start"
-            time.sleep(0.002)
-
-    def kill(self) -> None:
-        """As `kill -9`: connections break, nothing is finished. Safe to call twice."""
-        if self._thread is not None and self._loop is not None:
-            with suppress(RuntimeError):  # its loop has ended already
-                self._loop.call_soon_threadsafe(self._cut)
-            self._thread.join(timeout=10)
-            assert not self._thread.is_alive(), "the double did not end"
-        self._server = self._thread = self._loop = None
-
-    def restart(self) -> None:
-        self.kill()
-        self.start()
+        self.engine.on_death = self.cut
+        super().start()
 
     @property
     def alive(self) -> bool:
-        return not self.engine.dead and self._thread is not None and self._thread.is_alive()
+        return not self.engine.dead and self.running
 
-    def _cut(self) -> None:
-        """In the server's loop: close every socket at once."""
+    def cut(self) -> None:
         self.engine.dead = True
-        if (server := self._server) is None:
-            return
-        server.should_exit = server.force_exit = True
-        for listening in server.servers:
-            listening.close()
-        for connection in list(server.server_state.connections):
-            connection.transport.abort()
+        super().cut()
 
     # What a test asks
 
@@ -133,7 +90,7 @@ class VllmDouble:
 
     # The application
 
-    def _app(self) -> Starlette:
+    def app(self) -> Starlette:
         routes = {
             ("GET", "/health"): self._health,
             ("GET", "/version"): self._version,
@@ -154,7 +111,6 @@ class VllmDouble:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self._loop = asyncio.get_running_loop()
         scheduling = asyncio.create_task(self.engine.loop())
         yield
         scheduling.cancel()
@@ -175,7 +131,7 @@ class VllmDouble:
             try:
                 return await self._faulty(handler, http)
             except Refused as refused:
-                after = BackgroundTask(self._break_connection, http) if refused.breaks else None
+                after = BackgroundTask(self.break_connection, http) if refused.breaks else None
                 return JSONResponse(wire.error_body(refused), refused.status, background=after)
 
         return guarded
@@ -192,21 +148,14 @@ class VllmDouble:
                 assert fault is not None
                 await asyncio.sleep(fault.seconds)
             case "die":
-                self._cut()
+                self.cut()
             case "die_after" | "lost" as end:
                 await handler(http)
                 if end == "lost":
-                    await self._break_connection(http)
+                    await self.break_connection(http)
                 else:
-                    self._cut()
+                    self.cut()
         return await handler(http) if fault is None or fault.do in ("delay", "drop", "error") else Response()
-
-    async def _break_connection(self, http: HttpRequest) -> None:
-        assert self._server is not None
-        await asyncio.sleep(0.01)  # let what was sent leave
-        for connection in list(self._server.server_state.connections):
-            if connection.client == tuple(http.client or ()):  # type: ignore[union-attr]
-                connection.transport.abort()
 
     # Routes
 
@@ -340,7 +289,7 @@ class VllmDouble:
                     yield wire.event(head | chunk)
                     sent += len(steps)
                 if fault and fault.do == "drop" and sent >= fault.tokens:
-                    await self._break_connection(http)
+                    await self.break_connection(http)
                     await asyncio.Event().wait()
                 if fault and fault.do == "error" and sent >= fault.tokens:
                     raise Refused(fault.status, "InternalServerError", fault.text)
