@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal
 
 TokenUse = Literal["sampled", "scored", "trained"]
 """Drawn; read (prompts, and texts that are judged); or sent through a backward pass."""
@@ -24,9 +24,9 @@ class Usage:
         self.tokens[use] = self.tokens.get(use, 0) + tokens
         self.price = None if price is None or self.price is None else self.price + tokens * price / PER
 
-    def told(self) -> dict[str, float | None]:
-        """For a record; empty if nothing was counted."""
-        return {**{f"{use}_tokens": float(n) for use, n in self.tokens.items()}, "price": self.price} if self.tokens else {}
+    def told(self) -> dict[str, Any]:
+        """`usage`, for a record; nothing if nothing was counted."""
+        return {"usage": {**{f"{use}_tokens": n for use, n in self.tokens.items()}, "price": self.price}} if self.tokens else {}
 
 
 _meters: ContextVar[tuple[Usage, ...]] = ContextVar("meters", default=())

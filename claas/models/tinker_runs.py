@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import tinker
 
 from claas.adapters.tinker import TinkerAdapter, TinkerAdapters, TinkerVersion
-from claas.core.errors import NotFound, UpstreamRefused
+from claas.core.errors import ClaasError, NotFound, UpstreamRefused
 from claas.core.types import LoraRuntimeRef
 from claas.models.tinker_model import TinkerModel
 from claas.models.tinker_server import Run, TinkerServer
@@ -115,11 +115,14 @@ class TinkerRuns:
         await self._server.end_run(run)
 
     async def keep(self, run: Run, version: TinkerVersion) -> None:
-        """It is trained, and speaks as this version from now on."""
+        """It is trained and saved, and speaks as this version from now on."""
         assert version.state_path is not None
-        sampler = await self._server.sampler(path=version.sampler_path, run=run)
         self._training.remove(run)
-        self._voices[version.state_path] = _Voice(sampler, run)
+        try:
+            self._voices[version.state_path] = _Voice(await self._server.sampler(path=version.sampler_path, run=run), run)
+        except ClaasError as error:  # the version is saved all the same: it is opened again when somebody asks for it
+            log.warning("%s", error.message)
+            await self._server.end_run(run)
 
     async def aclose(self) -> None:
         for run in [*self._training, *(voice.run for voice in self._voices.values() if voice.run is not None)]:
@@ -139,7 +142,8 @@ class TinkerRuns:
         if version.sampler_path is not None:
             try:
                 sampler = await self._server.sampler(path=version.sampler_path)
-                await self._server.score(sampler, *2 * [[next(iter(self._model.stop_ids))]])
+                any_token = [min(self._model.stop_ids)]
+                await self._server.score(sampler, any_token, any_token)
                 return _Voice(sampler)
             except UpstreamRefused as error:
                 log.info("version %d of %r is brought back: %s", ref.version, ref.lora_id, error.message)

@@ -24,8 +24,6 @@ from tinker.lib.public_interfaces.rest_client import RestClient
 from claas.core.errors import BackendUnavailable, ClaasError, ConfigurationError, Overloaded, UpstreamRefused
 from claas.core.usage import TokenUse, count
 
-SELF_HOSTED_KEY = "tml-self-hosted"
-"""What a server that asks for no key is sent: the SDK wants one of this form."""
 SIGN_OF_LIFE_S = 5.0
 RETRY_AFTER_S = 15
 DOWN = "the Tinker server does not answer: try again later"
@@ -88,7 +86,7 @@ class TinkerServer:
             raise BackendUnavailable(DOWN, retry_after_s=RETRY_AFTER_S) from error
 
     async def models(self) -> dict[str, int | None]:
-        """Base models, and how many tokens each reads, if the server tells. Raises BackendUnavailable, ConfigurationError for a wrong key."""
+        """Base models, and how many tokens each reads, if it is told. Raises BackendUnavailable, ConfigurationError for a wrong key."""
         service = self._client()
         try:
             supported = (await self._blocking(service.get_server_capabilities)).supported_models
@@ -165,20 +163,19 @@ class TinkerServer:
         """Whether the server has deleted it; False if it cannot, or did not have it. Raises BackendUnavailable."""
         rest = await self._rest_client()
         try:
-            await self.wait(rest.delete_checkpoint_from_tinker_path_async(path))
+            await self.wait(rest.delete_checkpoint_async(*_parsed(path)))
         except UpstreamRefused:
             return False
         return True
 
     async def archive(self, sampler_path: str) -> bytes:
         """The checkpoint as a tar archive. Raises ClaasError."""
-        parsed = types.ParsedCheckpointTinkerPath.from_tinker_path(sampler_path)
+        run_id, checkpoint = _parsed(sampler_path)
         rest = await self._rest_client()
-        last_name = parsed.checkpoint_id.rpartition("/")[2]
         try:
-            url = await self.wait(rest.get_checkpoint_archive_url_async(parsed.training_run_id, parsed.checkpoint_id))
+            url = await self.wait(rest.get_checkpoint_archive_url_async(run_id, checkpoint))
         except UpstreamRefused:  # some servers know it by its last name only
-            url = await self.wait(rest.get_checkpoint_archive_url_async(parsed.training_run_id, last_name))
+            url = await self.wait(rest.get_checkpoint_archive_url_async(run_id, checkpoint.rpartition("/")[2]))
         try:
             async with httpx.AsyncClient(timeout=self._timeout_s) as elsewhere:  # which is shown no key: the address is signed
                 return (await elsewhere.get(url.url)).raise_for_status().content
@@ -258,6 +255,12 @@ class TinkerServer:
             raise in_our_words(error) from error
         finally:
             task.cancel()
+
+
+def _parsed(path: str) -> tuple[str, str]:
+    """The run and the checkpoint that a `tinker://` path names."""
+    run_id, _, checkpoint = path.removeprefix("tinker://").partition("/")
+    return run_id, checkpoint
 
 
 async def _awaited(future: Awaitable[T]) -> T:
