@@ -168,7 +168,7 @@ class Settings(BaseSettings):
             raise ValueError("CLAAS_API_KEYS holds an empty key")
         if self.distill_execution_mode == "tinker" and self.vllm_base_url is not None:
             raise ValueError("VLLM_BASE_URL cannot be used in tinker mode, where the Tinker server answers: unset it")
-        if self.distill_execution_mode == "tinker" and self.tinker_api_key is None and self.tinker_base_url == TINKER_URL:
+        if self.distill_execution_mode == "tinker" and not self.tinker_api_key and self.tinker_base_url == TINKER_URL:
             raise ValueError("tinker mode needs a key: set CLAAS_TINKER_API_KEY, or CLAAS_TINKER_BASE_URL to a server of your own")
         if self.trust_remote_code is not None and self.trust_remote_code != self.base_model_id:
             raise ValueError(f"trust_remote_code names {self.trust_remote_code!r}, which is not the base model {self.base_model_id!r}")

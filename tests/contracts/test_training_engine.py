@@ -36,7 +36,7 @@ from tests.doubles.engine import NO_EFFECT, MemoryEngine
 from tests.doubles.tinker_faults import CLOUD, SKYRL, Ways
 from tests.doubles.tinker_server import TinkerDouble
 from tests.models.tiny import load_tiny_model
-from tests.tinker.teaching import teaching
+from tests.tinker.teaching import place_of, teaching
 
 A, B = "me/a", "me/b"
 KEEP = 10
@@ -138,7 +138,7 @@ async def on_tinker(model: LoadedModel, ways: Ways, **settings: float) -> AsyncI
         return settings | OTHERWISE[outcome]
 
     with TinkerDouble(model, ways, poll_s=0.2) as server:
-        async with teaching(server) as (engine, adapters):
+        async with teaching(place_of(server)) as (engine, adapters):
 
             async def breaks(version: int) -> None:
                 found = await adapters.version(A, version)

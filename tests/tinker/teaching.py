@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,16 +31,27 @@ def described(model: LoadedModel) -> TinkerModel:
     return TinkerModel(model.id, model.tokenizer, model.config.vocab_size, model.max_context, model.n_params, stop)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A server and its base model, as the service knows them."""
+
+    url: str
+    key: str
+    model: TinkerModel
+
+
+def place_of(server: TinkerDouble) -> Place:
+    return Place(server.url, KEY, described(server.model))
+
+
 @asynccontextmanager
-async def connected(
-    server: TinkerDouble, *, max_runs: int = 4, **how: Any
-) -> AsyncIterator[tuple[TinkerServer, TinkerAdapters, TinkerRuns]]:
+async def connected(place: Place, *, max_runs: int = 4, **how: Any) -> AsyncIterator[tuple[TinkerServer, TinkerAdapters, TinkerRuns]]:
     database = Database("sqlite://")
     database.migrate()
     adapters = TinkerAdapters(database, keep_versions=10)
     settings = {"timeout_s": 60.0, "patience_s": 1.0, "prices": PRICES} | how
-    connection = TinkerServer(base_url=server.url, api_key=KEY, **settings)
-    runs = TinkerRuns(connection, adapters, described(server.model), max_runs=max_runs)
+    connection = TinkerServer(base_url=place.url, api_key=place.key, **settings)
+    runs = TinkerRuns(connection, adapters, place.model, max_runs=max_runs)
     try:
         yield connection, adapters, runs
     finally:
@@ -50,10 +61,10 @@ async def connected(
 
 
 @asynccontextmanager
-async def teaching(server: TinkerDouble, *, top_k: int = 20, **how: Any) -> AsyncIterator[tuple[TinkerEngine, TinkerAdapters]]:
+async def teaching(place: Place, *, top_k: int = 20, **how: Any) -> AsyncIterator[tuple[TinkerEngine, TinkerAdapters]]:
     """The engine, and where its adapters are on record."""
-    async with connected(server, **how) as (connection, adapters, runs):
-        engine = TinkerEngine(connection, runs, adapters, described(server.model), rank=8, top_k=top_k)
+    async with connected(place, **how) as (connection, adapters, runs):
+        engine = TinkerEngine(connection, runs, adapters, place.model, rank=8, top_k=top_k)
         try:
             yield engine, adapters
         finally:
@@ -66,7 +77,7 @@ async def sampling(
 ) -> AsyncIterator[tuple[TinkerInference, Callable[[int], LoraRuntimeRef]]]:
     """A backend on a double of its own, and versions 1 and 2 of an adapter with random weights, each saved by a run of its own."""
     with TinkerDouble(model, ways, poll_s=0.2) as server:
-        async with connected(server) as (connection, adapters, runs):
+        async with connected(place_of(server)) as (connection, adapters, runs):
             await adapters.create(TinkerAdapter(lora_id="me/a", base_model=model.id, rank=4))
             refs = {number: await _saved(server, connection, adapters, number) for number in (1, 2)}
             described_model = replace(described(model), max_context=max_context)
