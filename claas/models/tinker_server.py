@@ -227,6 +227,7 @@ class TinkerServer:
         done: Future[T] = Future()
 
         def target() -> None:
+            done.set_running_or_notify_cancel()  # from now on it cannot be cancelled, only left alone
             try:
                 done.set_result(work())
             except BaseException as error:  # noqa: BLE001 - handed over

@@ -49,7 +49,7 @@ async def connected(place: Place, *, max_runs: int = 4, **how: Any) -> AsyncIter
     database = Database("sqlite://")
     database.migrate()
     adapters = TinkerAdapters(database, keep_versions=10)
-    settings = {"timeout_s": 60.0, "patience_s": 1.0, "prices": PRICES} | how
+    settings: dict[str, Any] = {"timeout_s": 60.0, "patience_s": 1.0, "prices": PRICES} | how
     connection = TinkerServer(base_url=place.url, api_key=place.key, **settings)
     runs = TinkerRuns(connection, adapters, place.model, max_runs=max_runs)
     try:

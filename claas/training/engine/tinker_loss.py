@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 LEAST_REST = 1e-6
+LEAST_LOGP = -60.0
 
 
 def buckets(logp_TK: Floats, real_TK: NDArray[np.bool_]) -> Floats:
     """Logprobs of the support's tokens and of the rest, (T, S); what is not `real` is no bucket of its own."""
-    p_TK = np.where(real_TK, np.exp(logp_TK), 0.0)
+    p_TK = np.where(real_TK, np.exp(np.maximum(logp_TK, LEAST_LOGP)), 0.0)
     rest_T1 = np.maximum(1.0 - p_TK.sum(-1, keepdims=True), LEAST_REST)
     p_TS = np.concatenate([p_TK, rest_T1], axis=-1)
     p_TS /= p_TS.sum(-1, keepdims=True)
