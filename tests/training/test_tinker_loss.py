@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from claas.training import sdpo
 from claas.training.engine.tinker_loss import buckets, divergence, weights
@@ -14,14 +15,14 @@ from claas.training.engine.tinker_loss import buckets, divergence, weights
 ALPHAS = (0.0, 0.3, 0.5, 1.0)
 
 
-def drawn(seed: int, k: int, spread: float = 2.0) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+def drawn(seed: int, k: int, spread: float = 2.0) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.int64]]:
     """Logits of a student and a teacher, (5, 12), and `k` distinct ids for each row."""
     generator = np.random.default_rng(seed)
     logits = [torch.tensor(generator.normal(size=(5, 12)) * spread, dtype=torch.float64) for _ in range(2)]
     return logits[0], logits[1], np.stack([generator.permutation(12)[:k] for _ in range(5)])
 
 
-def logp_of(logits: torch.Tensor, ids: np.ndarray) -> torch.Tensor:
+def logp_of(logits: torch.Tensor, ids: NDArray[np.int64]) -> torch.Tensor:
     return logits.log_softmax(-1).gather(-1, torch.tensor(ids))
 
 
@@ -30,8 +31,9 @@ def logp_of(logits: torch.Tensor, ids: np.ndarray) -> torch.Tensor:
 def test_it_is_the_local_divergence_of_the_same_buckets(alpha: float, seed: int, k: int) -> None:
     student, teacher, ids = drawn(seed, k)
     real = np.ones_like(ids, dtype=bool)
-    ours = divergence(*(buckets(logp_of(logits, ids).numpy(), real) for logits in (student, teacher)), alpha)
-    local = sdpo.divergence(*(sdpo.bucket_logp(logits, torch.tensor(ids)) for logits in (student, teacher)), alpha)
+    p_TS, q_TS = (buckets(logp_of(logits, ids).numpy(), real) for logits in (student, teacher))
+    ours = divergence(p_TS, q_TS, alpha)
+    local = sdpo.divergence(sdpo.bucket_logp(student, torch.tensor(ids)), sdpo.bucket_logp(teacher, torch.tensor(ids)), alpha)
     np.testing.assert_allclose(ours, local.numpy(), atol=2e-5)
 
 
@@ -57,12 +59,10 @@ def test_what_is_no_bucket_of_its_own_weighs_nothing_and_changes_nothing(alpha: 
     student, teacher, ids = drawn(3, 4)
     again = np.concatenate([ids, ids[:, :2]], axis=1)
     real = np.concatenate([np.ones_like(ids, dtype=bool), np.zeros((5, 2), dtype=bool)], axis=1)
-    pairs = [
-        [buckets(logp_of(logits, chosen).numpy(), mask) for logits in (student, teacher)]
-        for chosen, mask in ((ids, np.ones_like(ids, dtype=bool)), (again, real))
-    ]
-    np.testing.assert_allclose(divergence(*pairs[0], alpha), divergence(*pairs[1], alpha))
-    without, with_repeated = (weights(*pair, alpha) for pair in pairs)
+    p, q = (buckets(logp_of(logits, ids).numpy(), np.ones_like(ids, dtype=bool)) for logits in (student, teacher))
+    p_again, q_again = (buckets(logp_of(logits, again).numpy(), real) for logits in (student, teacher))
+    np.testing.assert_allclose(divergence(p, q, alpha), divergence(p_again, q_again, alpha))
+    without, with_repeated = weights(p, q, alpha), weights(p_again, q_again, alpha)
     np.testing.assert_allclose(with_repeated[:, :4], without)
     assert not with_repeated[:, 4:].any()
 
