@@ -96,6 +96,7 @@ class Project:
     networks: dict[str, Any]
 
 
-def parse(output: str) -> Project:
+def parse(output: str, profile: str = "local") -> Project:
+    """The services of the profile: Compose's version 1 prints them all."""
     read = yaml.safe_load(output)
-    return Project({name: Service(raw) for name, raw in read["services"].items()}, read["networks"])
+    return Project({name: Service(raw) for name, raw in read["services"].items() if profile in raw["profiles"]}, read["networks"])
