@@ -22,7 +22,7 @@ from claas.core.settings import Settings, load_settings
 EXTRAS = {
     "local": ("accelerate", "gguf", "peft", "safetensors", "torch", "transformers"),
     "postgres": ("psycopg",),
-    "tinker": ("tinker",),
+    "tinker": ("tinker", "transformers"),
     "modal": ("modal",),
 }
 ENOUGH_FREE_BYTES = 2 * 2**30  # the default model, converted, and a few hundred adapter versions

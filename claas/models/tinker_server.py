@@ -70,7 +70,8 @@ class TinkerServer:
         self._http = httpx.AsyncClient(base_url=base_url, headers={"X-API-Key": api_key}, timeout=SIGN_OF_LIFE_S)
         self._service: tinker.ServiceClient | None = None
         self._rest: RestClient | None = None
-        self._opening = asyncio.Lock()
+        self._opening, self._asking = asyncio.Lock(), asyncio.Lock()
+        self._heard = -SIGN_OF_LIFE_S
         self._scoring = asyncio.Semaphore(AT_ONCE)
 
     def count(self, use: TokenUse, tokens: int) -> None:
@@ -236,17 +237,27 @@ class TinkerServer:
         threading.Thread(target=target, name="claas-tinker", daemon=True).start()
         return await self._watched(asyncio.wrap_future(done))
 
+    async def _is_alive(self) -> bool:
+        """Whether the server answers; asked once for all who wait."""
+        async with self._asking:
+            if time.monotonic() - self._heard < SIGN_OF_LIFE_S:
+                return True
+            try:
+                await self.ping()
+            except BackendUnavailable:
+                return False
+            self._heard = time.monotonic()
+            return True
+
     async def _watched(self, task: asyncio.Future[T]) -> T:
         """Wait, and make sure from time to time that there is something to wait for."""
         began = heard = time.monotonic()
         try:
             while not (await asyncio.wait({task}, timeout=SIGN_OF_LIFE_S))[0]:
-                try:
-                    await self.ping()
+                if await self._is_alive():
                     heard = time.monotonic()
-                except BackendUnavailable:
-                    if time.monotonic() - heard > self._patience_s:
-                        raise
+                elif time.monotonic() - heard > self._patience_s:
+                    raise BackendUnavailable(DOWN, retry_after_s=RETRY_AFTER_S)
                 if time.monotonic() - began > self._timeout_s:
                     raise BackendUnavailable(f"the Tinker server has not answered for {self._timeout_s:g} s: try again later")
             return task.result()
