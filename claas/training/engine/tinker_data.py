@@ -23,6 +23,9 @@ from claas.training.engine.tinker_loss import Floats, buckets, divergence, weigh
 from claas.training.samples import PARTS, Part, Sample
 
 MAX_LOG_RATIO = 20.0
+MAX_WEIGHT = 10.0
+"""Of a token that is nearly certain, the gradient of its logprob is nearly 0 and the weight that carries the loss nearly infinite: what a
+server computes in bfloat16 is then its rounding, multiplied."""
 
 Support = Literal["top_k", "sampled"]
 
@@ -90,7 +93,7 @@ def _ratio(sample: Sample, logp_T: Floats, start_T: Floats, is_clip: float | Non
 def carried(target: Target, logp_TK: Floats, ratio_T: Floats) -> Floats:
     """The weight of each logprob of the support, (T, K): minus the loss's gradient with respect to it."""
     taken = weights(buckets(logp_TK, target.real_TK), target.teacher, target.alpha)
-    weighed: Floats = taken * ratio_T[:, None]
+    weighed: Floats = np.clip(taken, -MAX_WEIGHT, MAX_WEIGHT) * ratio_T[:, None]
     return weighed
 
 
