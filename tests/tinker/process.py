@@ -78,7 +78,8 @@ class RealTinker:
         # It reads its own `uv run` command line, and starts its engine with the same.
         command = [str(self._bin / "uv"), "run", "--active", "--no-project", "-m", "skyrl.tinker.api"]
         command += ["--base-model", MODEL, "--host", "127.0.0.1", "--port", str(self.port), "--backend", "jax"]
-        command += ["--backend-config", f'{{"max_lora_adapters": {MAX_MODELS + 1}, "max_lora_rank": {MAX_RANK}}}']
+        sizes = {"sample_max_num_sequences": 8, "train_micro_batch_size": 4}  # few shapes: each is compiled, for half a minute
+        command += ["--backend-config", json.dumps({"max_lora_adapters": MAX_MODELS + 1, "max_lora_rank": MAX_RANK} | sizes)]
         return [*command, "--checkpoints-base", str(self._folder / "checkpoints"), "--database-url", "sqlite:///tinker.db"]
 
     def _environment(self) -> dict[str, str]:
