@@ -27,11 +27,11 @@ from benchmarks.one_step import ALPHA, LEARNING_RATE, QWEN3_8B, TOP_K, Case, con
 from claas.adapters.initialise import write_initial_adapter
 from claas.core.types import TrainingConfig
 from claas.models.base_model import LoadedModel
-from claas.training.batch import Sample
 from claas.training.defaults import default_lora
 from claas.training.memory import checkpointed, free_memory, meter_of, step_bytes, synchronize
 from claas.training.policy import Policy
 from claas.training.residency import Visiting
+from claas.training.samples import Sample
 from claas.training.step import LessonStep
 
 AIM_BYTES = 22 * 2**30

@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks.one_step import Case
 from benchmarks.step import run_side
-from claas.training.micro_batch import MICRO_BATCH_TOKENS
+from claas.training.samples import MICRO_BATCH_TOKENS
 
 PROMPT = 64
 FEEDBACK = 32

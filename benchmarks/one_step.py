@@ -43,9 +43,9 @@ from claas.core.settings import load_settings
 from claas.core.types import TrainingConfig
 from claas.models.base_model import LoadedModel
 from claas.models.load import choose_device, choose_dtype, load_base_model
-from claas.training.batch import Sample
 from claas.training.defaults import default_lora
 from claas.training.policy import Policy
+from claas.training.samples import Sample
 from claas.training.step import LessonStep
 
 TOP_K = 100

@@ -28,6 +28,7 @@ from claas.learning.updater import Updater
 from claas.rollouts.sql import SqlRolloutStore
 from claas.services import Services
 from claas.storage.database import Database
+from claas.training.engine.base import TrainingEngine
 
 if TYPE_CHECKING:
     from claas.models.base_model import LoadedModel
@@ -46,10 +47,42 @@ async def open_services(settings: Settings, *, progress: bool = False) -> AsyncI
     Raises:
         ConfigurationError: a wrong setting, a missing extra, or a data folder that another service uses.
     """
-    if settings.distill_execution_mode != "local":
-        raise ConfigurationError(
-            f"distill_execution_mode {settings.distill_execution_mode!r} is not available in this version: use 'local'"
-        )
+    async with AsyncExitStack() as stack:
+        stack.enter_context(_only_service(settings))
+        database = Database(settings.sqlalchemy_url)
+        stack.callback(database.close)
+        await asyncio.to_thread(database.migrate)
+        if settings.distill_execution_mode == "local":
+            engine, inference, base_id = await _local(settings, progress)
+        elif settings.distill_execution_mode == "tinker":
+            engine, inference, base_id = await _tinker(settings, database, stack)
+        else:
+            raise ConfigurationError("distill_execution_mode 'modal' is not available in this version: use 'local' or 'tinker'")
+        rollouts = SqlRolloutStore(database, max_count=settings.completion_cache_size, max_age_days=settings.rollout_max_age_days)
+        feedback = FeedbackStore(database)
+        journal = Journal(database, settings.log_dir)
+        book = LessonBook(database)
+        locks = AdapterLocks(settings.feedback_lock_timeout_s)
+        updater = Updater(engine, inference, book)
+        learner = Learner(engine, inference, rollouts, updater, Ledger(feedback, journal, engine), locks, base_id)
+        retraction = Retraction(engine, updater, feedback, journal, book, locks)
+        lifecycle = AdapterLifecycle(engine, inference, rollouts, feedback, journal, book, locks, base_id)
+        # Closed in reverse: no new steps (and a serving engine that slept is woken), no new tokens, then what waits for either ends.
+        stack.push_async_callback(learner.aclose)
+        stack.push_async_callback(retraction.aclose)
+        stack.push_async_callback(inference.aclose)
+        stack.push_async_callback(engine.aclose)
+        services = Services(settings, base_id, engine, inference, rollouts, feedback, journal, lifecycle, learner, retraction)
+        await _begin(services)
+        yield services
+
+
+Backends = tuple[TrainingEngine, InferenceBackend, str]
+"""Who trains, who serves, and the base model's name."""
+
+
+async def _local(settings: Settings, progress: bool) -> Backends:
+    """Training in this process, and serving here or by a vLLM."""
     # Heavy imports stay in here, so that the error can name what to install.
     try:
         from claas.adapters.filesystem import FilesystemAdapterStore
@@ -60,45 +93,23 @@ async def open_services(settings: Settings, *, progress: bool = False) -> AsyncI
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"{error.name} is missing: pip install 'claas[local]'") from error
 
-    async with AsyncExitStack() as stack:
-        stack.enter_context(_only_service(settings))
-        database = Database(settings.sqlalchemy_url)
-        stack.callback(database.close)
-        await asyncio.to_thread(database.migrate)
-        beside_vllm = settings.vllm_base_url is not None
-        base = await asyncio.to_thread(load_base_model, settings, progress=progress, on_host=beside_vllm)
-        store = FilesystemAdapterStore(
-            settings.adapters_dir,
-            keep_versions=settings.keep_versions,
-            in_use=lambda lora_id, version: inference.in_use(lora_id, version),  # noqa: PLW0108 - there is none yet
-        )
-        for line in await asyncio.to_thread(lambda: list(store.recover())):
-            log.warning("%s", line)
-
-        share = ComputeShare(os.cpu_count() or 1)
-        residency = await asyncio.to_thread(Visiting, base) if beside_vllm else RESIDENT
-        engine = LocalEngine(store, base, share, settings.allowed_init_base_models, residency)
-        inference = _inference(settings, base, share, engine)
-        rollouts = SqlRolloutStore(database, max_count=settings.completion_cache_size, max_age_days=settings.rollout_max_age_days)
-        feedback = FeedbackStore(database)
-        journal = Journal(database, settings.log_dir)
-        book = LessonBook(database)
-        locks = AdapterLocks(settings.feedback_lock_timeout_s)
-        updater = Updater(engine, inference, book)
-        learner = Learner(engine, inference, rollouts, updater, Ledger(feedback, journal, engine), locks, base.id)
-        retraction = Retraction(engine, updater, feedback, journal, book, locks)
-        lifecycle = AdapterLifecycle(engine, inference, rollouts, feedback, journal, book, locks, base.id)
-        # Closed in reverse: no new steps (and a serving engine that slept is woken), no new tokens, then what waits for either ends.
-        stack.push_async_callback(learner.aclose)
-        stack.push_async_callback(retraction.aclose)
-        stack.push_async_callback(inference.aclose)
-        stack.push_async_callback(engine.aclose)
-        services = Services(settings, base.id, engine, inference, rollouts, feedback, journal, lifecycle, learner, retraction)
-        await _begin(services)
-        yield services
+    beside_vllm = settings.vllm_base_url is not None
+    base = await asyncio.to_thread(load_base_model, settings, progress=progress, on_host=beside_vllm)
+    store = FilesystemAdapterStore(
+        settings.adapters_dir,
+        keep_versions=settings.keep_versions,
+        in_use=lambda lora_id, version: inference.in_use(lora_id, version),  # noqa: PLW0108 - there is none yet
+    )
+    for line in await asyncio.to_thread(lambda: list(store.recover())):
+        log.warning("%s", line)
+    share = ComputeShare(os.cpu_count() or 1)
+    residency = await asyncio.to_thread(Visiting, base) if beside_vllm else RESIDENT
+    engine = LocalEngine(store, base, share, settings.allowed_init_base_models, residency)
+    inference = _local_inference(settings, base, share, engine)
+    return engine, inference, base.id
 
 
-def _inference(settings: Settings, base: LoadedModel, share: ComputeShare, engine: LocalEngine) -> InferenceBackend:
+def _local_inference(settings: Settings, base: LoadedModel, share: ComputeShare, engine: LocalEngine) -> InferenceBackend:
     """vLLM, if one is named; else the base model in this process."""
     if settings.vllm_base_url is not None:
         from claas.inference.vllm import VllmInference
@@ -115,6 +126,49 @@ def _inference(settings: Settings, base: LoadedModel, share: ComputeShare, engin
         max_context=settings.max_context,
         default_max_tokens=settings.default_max_tokens,
     )
+
+
+async def _tinker(settings: Settings, database: Database, stack: AsyncExitStack) -> Backends:
+    """Training and serving on a Tinker server."""
+    try:
+        from claas.adapters.tinker import TinkerAdapters, import_state_file
+        from claas.inference.tinker import TinkerInference
+        from claas.models.tinker_model import load_tinker_model
+        from claas.models.tinker_runs import TinkerRuns
+        from claas.models.tinker_server import TinkerServer
+        from claas.training.engine.tinker import TinkerEngine
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"{error.name} is missing: pip install 'claas[tinker]'") from error
+
+    server = TinkerServer(
+        base_url=settings.tinker_base_url,
+        api_key=settings.tinker_key,
+        timeout_s=settings.tinker_timeout_s,
+        patience_s=settings.tinker_patience_s,
+        prices=settings.tinker_prices,
+    )
+    stack.push_async_callback(server.aclose)
+    model = await asyncio.to_thread(load_tinker_model, settings, await server.models())
+    adapters = TinkerAdapters(database, keep_versions=settings.keep_versions)
+    if settings.tinker_state_path is not None:
+        for line in await import_state_file(adapters, settings.tinker_state_path, model.id):
+            log.warning("%s", line)
+    runs = TinkerRuns(server, adapters, model, max_runs=settings.tinker_max_runs)
+    stack.push_async_callback(runs.aclose)
+    engine = TinkerEngine(
+        server,
+        runs,
+        adapters,
+        model,
+        rank=settings.tinker_lora_rank,
+        top_k=settings.tinker_top_k,
+        reduction=settings.tinker_loss_reduction,
+        ttl_s=settings.tinker_checkpoint_ttl_s,
+        allowed_base_models=settings.allowed_init_base_models,
+    )
+    for line in await engine.recover():
+        log.warning("%s", line)
+    return engine, TinkerInference(server, runs, model, max_queue=settings.max_queue, top_k=settings.tinker_top_k), model.id
 
 
 async def _begin(services: Services) -> None:

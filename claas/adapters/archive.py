@@ -1,4 +1,4 @@
-"""Adapter versions as zip files that PEFT and vLLM load, out and in. What comes in is somebody else's, so nothing of it is trusted.
+"""Adapter versions from zip files in PEFT's layout. What comes in is somebody else's, so nothing of it is trusted.
 
 Imports torch, as `initialise` does.
 """
@@ -11,7 +11,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -23,12 +23,10 @@ from transformers import PretrainedConfig
 from claas.adapters.initialise import KEY_PREFIX, linear_shapes
 from claas.adapters.store import CONFIG, WEIGHTS
 from claas.core.errors import BadRequest
-from claas.core.types import AdapterVersion
 
 MAX_RANK = 256
 _MAX_CONFIG_BYTES = 2**20
 _MAX_HEADER_BYTES = 2**24
-_README = "README.md"
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What PEFT's LoraConfig may also say and would change the computation: each must be absent or say nothing.
@@ -65,56 +63,6 @@ class _LoraConfig(BaseModel):
     r: Annotated[int, Field(ge=1, le=MAX_RANK)]
     lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     bias: Literal["none"] = "none"
-
-
-# --- Out ---
-
-
-def export_zip(folder: Path, version: AdapterVersion) -> bytes:
-    """A zip of the version's config and weights with a model card; no optimizer moments, and no path of this machine."""
-    base = _public_name(version.base_model)
-    config = json.loads((folder / CONFIG).read_bytes()) | {"base_model_name_or_path": base}
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        for name, content, method in (
-            (_README, _model_card(version, base).encode(), zipfile.ZIP_DEFLATED),
-            (CONFIG, json.dumps(config, indent=2, sort_keys=True).encode(), zipfile.ZIP_DEFLATED),
-            (WEIGHTS, (folder / WEIGHTS).read_bytes(), zipfile.ZIP_STORED),  # random bits do not shrink
-        ):
-            entry = zipfile.ZipInfo(name, version.created_at.timetuple()[:6])
-            entry.external_attr = 0o644 << 16
-            archive.writestr(entry, content, compress_type=method)
-    return out.getvalue()
-
-
-def _public_name(base_model: str) -> str:
-    """A hub id as it is; of a local folder its last name only."""
-    for path in (PurePosixPath(base_model), PureWindowsPath(base_model)):
-        if path.is_absolute() or ".." in path.parts or base_model.startswith(("~", ".")):
-            return path.name
-    return base_model
-
-
-def _model_card(version: AdapterVersion, base: str) -> str:
-    return f"""---
-base_model: {json.dumps(base)}
-library_name: peft
-pipeline_tag: text-generation
-tags: [lora, claas]
----
-# {version.lora_id}, version {version.version}
-
-A LoRA adapter for `{base}`, taught by feedback with CLaaS on {version.created_at:%Y-%m-%d}.
-
-```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("this folder")
-```
-"""
-
-
-# --- In ---
 
 
 def import_zip(archive: bytes, folder: Path, *, config: PretrainedConfig, base_model: str) -> None:

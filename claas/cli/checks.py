@@ -14,6 +14,7 @@ from typing import Any
 from claas.cli.client import Client, ServiceError, Unreachable
 from claas.cli.findings import Finding, Status
 from claas.cli.server import bind
+from claas.cli.tinker_checks import check_tinker
 from claas.cli.vllm_checks import check_vllm
 from claas.core.errors import ConfigurationError
 from claas.core.settings import Settings, load_settings
@@ -21,7 +22,7 @@ from claas.core.settings import Settings, load_settings
 EXTRAS = {
     "local": ("accelerate", "gguf", "peft", "safetensors", "torch", "transformers"),
     "postgres": ("psycopg",),
-    "tinker": ("tinker",),
+    "tinker": ("tinker", "transformers"),
     "modal": ("modal",),
 }
 ENOUGH_FREE_BYTES = 2 * 2**30  # the default model, converted, and a few hundred adapter versions
@@ -44,6 +45,8 @@ def check_all(**overrides: Any) -> Iterator[Finding]:
     if settings.distill_execution_mode == "local" and find_spec("torch") and find_spec("transformers"):
         yield check_model(settings)
         yield check_device(settings)
+    if settings.distill_execution_mode == "tinker" and find_spec("tinker") and find_spec("transformers"):
+        yield from check_tinker(settings)
     if settings.vllm_base_url is not None:
         yield from check_vllm(settings, settings.vllm_base_url)
 

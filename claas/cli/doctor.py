@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from claas.cli.options import AsJson, DataDir, VllmUrl
+from claas.cli.options import AsJson, DataDir, Mode, VllmUrl
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -17,6 +17,7 @@ def doctor(
     port: Annotated[int | None, typer.Option(help="As for serve.", min=0, max=65535)] = None,
     data_dir: DataDir = None,
     base_model: Annotated[str | None, typer.Option(help="As for serve.")] = None,
+    mode: Mode = None,
     vllm_url: VllmUrl = None,
     as_json: AsJson = False,
 ) -> None:
@@ -30,7 +31,9 @@ def doctor(
 
     from claas.cli.checks import check_all
 
-    findings = list(check_all(host=host, port=port, data_dir=data_dir, base_model_id=base_model, vllm_base_url=vllm_url))
+    findings = list(
+        check_all(host=host, port=port, data_dir=data_dir, distill_execution_mode=mode, base_model_id=base_model, vllm_base_url=vllm_url)
+    )
     if as_json:
         typer.echo(json.dumps({finding.part: {"status": finding.status, "detail": finding.detail} for finding in findings}))
     else:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from claas.cli.options import DataDir, VllmUrl
+from claas.cli.options import DataDir, Mode, VllmUrl
 
 
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to bind. Anything but loopback needs CLAAS_API_KEYS.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to bind; 0 takes a free one.", min=0, max=65535)] = None,
     data_dir: DataDir = None,
-    mode: Annotated[Literal["local", "modal", "tinker"] | None, typer.Option(help="Where lessons are trained.")] = None,
+    mode: Mode = None,
     base_model: Annotated[str | None, typer.Option(help="Hub id or local folder.")] = None,
     vllm_url: VllmUrl = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,9 +21,13 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from claas.core.adapter_id import parse_adapter_id
 from claas.core.errors import BadRequest, ConfigurationError
 from claas.core.types import EngineKind
+from claas.core.usage import TokenUse
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 CONFIG_VARIABLE = "CLAAS_CONFIG"
+TINKER_BASE_MODEL = "Qwen/Qwen3-30B-A3B"
+TINKER_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
+SECRETS = ("tinker_api_key",)  # from the environment only
 CLIENT_VARIABLES = ("CLAAS_URL", "CLAAS_API_KEY")  # read by the command line's client, not by the service
 
 
@@ -41,7 +46,9 @@ class Settings(BaseSettings):
 
     # Model
     distill_execution_mode: EngineKind = Field("local", description="Training backend: local, tinker or modal.")
-    base_model_id: str | None = Field(None, description="Hub id or local folder. Unset: the embedded default, SmolLM2-135M-Instruct.")
+    base_model_id: str | None = Field(
+        None, description="Hub id or local folder. Unset: SmolLM2-135M-Instruct, embedded; in tinker mode Qwen/Qwen3-30B-A3B."
+    )
     trust_remote_code: str | None = Field(None, description="Name the base model here again to run code that its repository ships.")
     allowed_init_base_models: tuple[str, ...] = Field(
         (), description="Base models /v1/lora/init may name, as a JSON list. Empty: the served one."
@@ -70,6 +77,26 @@ class Settings(BaseSettings):
         "auto", description="How vLLM makes room for a step; auto takes the least that the measured free memory allows."
     )
     vllm_gate_timeout_s: float = Field(60.0, gt=0, description="How long a request waits through an update before it is answered 503.")
+
+    # Tinker
+    tinker_api_key: SecretStr | None = Field(None, description="Key of the Tinker server; from the environment only.")
+    tinker_base_url: str = Field(TINKER_URL, description="The Tinker server: the hosted one, or one of your own, see docs/tinker.md.")
+    tinker_tokenizer: str | None = Field(
+        None, description="Hub id or folder of the base model's tokenizer, template and config. Unset: base_model_id."
+    )
+    tinker_lora_rank: int = Field(32, ge=1, le=256, description="Rank of new adapters.")
+    tinker_top_k: int = Field(20, ge=0, le=100, description="Likeliest tokens asked of a teacher, where the server tells them.")
+    tinker_loss_reduction: Literal["auto", "sum", "sequence_mean"] = Field(
+        "auto", description="What the server makes of token losses; auto: sum if it reports loss:sum, else means."
+    )
+    tinker_max_runs: int = Field(8, ge=2, description="Training runs held on the server at once, those being trained among them.")
+    tinker_checkpoint_ttl_s: int | None = Field(None, ge=3600, description="When the server may delete checkpoints. Unset: never.")
+    tinker_timeout_s: float = Field(600.0, gt=0, description="How long a single answer of the server may take.")
+    tinker_patience_s: float = Field(30.0, gt=0, description="How long the server may be silent before a request is given up.")
+    tinker_prices: dict[TokenUse, float] = Field(
+        {}, description="Prices of a million tokens sampled, scored and trained, as a JSON object; shown in step records."
+    )
+    tinker_state_path: Path | None = Field(None, description="An upstream tinker_state.json, whose adapters are imported at the start.")
 
     # Storage
     data_dir: Path = Field(Path(platformdirs.user_data_dir("claas")), description="Database, adapters and logs. One service at a time.")
@@ -107,6 +134,13 @@ class Settings(BaseSettings):
         toml = (TomlConfigSettingsSource(settings_cls, toml_file=Path(file)),) if file else ()
         return (init_settings, env_settings, *toml)
 
+    @field_validator("tinker_base_url")
+    @classmethod
+    def _tinker_url(cls, value: str) -> str:
+        if not re.fullmatch(r"https?://[^/?#]+(/[^?#]*)?", value):
+            raise ValueError(f"{value!r} is no URL such as http://127.0.0.1:8100")
+        return value.rstrip("/")
+
     @field_validator("vllm_base_url")
     @classmethod
     def _url(cls, value: str | None) -> str | None:
@@ -132,9 +166,18 @@ class Settings(BaseSettings):
             raise ValueError("FEEDBACK_WAKE_ON_FAILURE can only be true: a vLLM that is left asleep would answer nobody")
         if any(not key.get_secret_value().strip() for key in self.api_keys):
             raise ValueError("CLAAS_API_KEYS holds an empty key")
+        if self.distill_execution_mode == "tinker" and self.vllm_base_url is not None:
+            raise ValueError("VLLM_BASE_URL cannot be used in tinker mode, where the Tinker server answers: unset it")
+        if self.distill_execution_mode == "tinker" and not self.tinker_api_key and self.tinker_base_url == TINKER_URL:
+            raise ValueError("tinker mode needs a key: set CLAAS_TINKER_API_KEY, or CLAAS_TINKER_BASE_URL to a server of your own")
         if self.trust_remote_code is not None and self.trust_remote_code != self.base_model_id:
             raise ValueError(f"trust_remote_code names {self.trust_remote_code!r}, which is not the base model {self.base_model_id!r}")
         return self
+
+    @property
+    def tinker_key(self) -> str:
+        """What the Tinker server is sent. One of your own may ask for none, but the SDK sends one all the same."""
+        return self.tinker_api_key.get_secret_value() if self.tinker_api_key else "tml-self-hosted"
 
     @property
     def adapters_dir(self) -> Path:
@@ -159,6 +202,7 @@ def load_settings(**overrides: Any) -> Settings:
     file = os.environ.get(CONFIG_VARIABLE)
     if file and not Path(file).is_file():
         raise ConfigurationError(f"{CONFIG_VARIABLE} names no file: {file!r}")
+    _refuse_secrets(file)
     try:
         return Settings(**{key: value for key, value in overrides.items() if value is not None})
     except ValidationError as error:
@@ -171,6 +215,16 @@ def _line(error: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
+
+
+def _refuse_secrets(file: str | None) -> None:
+    """Raises ConfigurationError for a file that holds a secret of another service's."""
+    try:
+        written = tomllib.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{CONFIG_VARIABLE} names a file that is no TOML: {file!r}") from error
+    for name in written.keys() & set(SECRETS):
+        raise ConfigurationError(f"{name} is read from the environment only: set CLAAS_{name.upper()}, and take it out of the file")
 
 
 def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:

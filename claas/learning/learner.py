@@ -10,6 +10,7 @@ import asyncio
 from itertools import chain
 
 from claas.core.types import DistillBatchRequestPayload, DistillResponse, LoraRuntimeRef
+from claas.core.usage import metered
 from claas.inference.base import InferenceBackend
 from claas.learning.hindsight_rollouts import hindsight_rollouts
 from claas.learning.ledger import Ledger
@@ -71,9 +72,11 @@ class Learner:
             async with self._locks.hold(lesson.lora_id):
                 await self._ledger.begin(feedback_ids)
                 parent = await self._engine.lora_runtime_ref(lesson.lora_id)
-                with watch.phase("rollouts"):
-                    payload = await self._with_rollouts(lesson.payload(feedback_ids))
-                step = await self._updater.update(payload, parent, watch, lesson.request.room)
+                with metered() as usage:
+                    with watch.phase("rollouts"):
+                        payload = await self._with_rollouts(lesson.payload(feedback_ids))
+                    step = await self._updater.update(payload, parent, watch, lesson.request.room)
+                step = step.model_copy(update={"metadata": step.metadata | usage.told()})
                 with watch.phase("save"):
                     version = await self._publish(step, parent)
                 shown = await show(lesson, version, self._inference) if lesson.request.show else ()

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 from pydantic import JsonValue
@@ -20,7 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from claas.core.errors import BadRequest
 from claas.core.types import ChatMessage
-from claas.models.base_model import LoadedModel
+
+if TYPE_CHECKING:
+    from claas.models.base_model import LoadedModel
 
 MARK = "\ufdd0"
 RESERVED_KWARGS = frozenset({"messages", "conversation", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"})

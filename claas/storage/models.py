@@ -119,3 +119,35 @@ class LessonRow(Base):
     training: Mapped[dict[str, JsonValue]] = mapped_column(JSON)
     samples: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
     contradicts: Mapped[list[str]] = mapped_column(JSON, default=list)
+
+
+class TinkerAdapterRow(Base):
+    """One adapter on a Tinker server: which layers of which model it adapts, and the version that serves."""
+
+    __tablename__ = "tinker_adapters"
+
+    lora_id: Mapped[str] = mapped_column(Name, primary_key=True)
+    base_model: Mapped[str] = mapped_column(AnyText)
+    rank: Mapped[int]
+    train_attn: Mapped[bool]
+    train_mlp: Mapped[bool]
+    latest: Mapped[int]
+    next_version: Mapped[int]
+
+
+class TinkerVersionRow(Base):
+    """One version and its checkpoints: `state_path` to train on from, `sampler_path` to speak through. Version 0 may have neither: it is
+    the base model. A row that is not published is of a version being saved by `run_id`."""
+
+    __tablename__ = "tinker_versions"
+
+    lora_id: Mapped[str] = mapped_column(Name, primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    parent: Mapped[int | None]
+    feedback_ids: Mapped[list[str]] = mapped_column(JSON)
+    metrics: Mapped[dict[str, JsonValue]] = mapped_column(JSON)
+    run_id: Mapped[str | None] = mapped_column(AnyText)
+    published: Mapped[bool]
+    state_path: Mapped[str | None] = mapped_column(AnyText)
+    sampler_path: Mapped[str | None] = mapped_column(AnyText)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)

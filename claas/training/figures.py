@@ -12,11 +12,9 @@ from torch import Tensor
 from claas.core.types import TrainingConfig
 from claas.training.hindsight import HINDSIGHT_VERSION
 from claas.training.micro_batch import MicroBatch, of_part, part_means
-from claas.training.report import Cost, MovedToken, OffPolicy, Retention, Signal, StepReport, Support, Update
+from claas.training.report import MOST_MOVED, Cost, MovedToken, OffPolicy, Retention, Signal, StepReport, Support, Update
 from claas.training.sdpo import divergence, entropy
 from claas.training.step import StepResult
-
-MOST_MOVED = 10
 
 
 def summarise(result: StepResult, config: TrainingConfig, *, parent: int, token_text: Callable[[int], str]) -> StepReport:
@@ -70,6 +68,7 @@ def _support(batches: list[MicroBatch]) -> Support:
         sampled_in_support=_mean([hit.float() for hit in in_support]),
         student_entropy=_mean([entropy(t.start_logp_NS) for t in targets]),
         teacher_entropy=_mean([entropy(t.teacher_logp_NS) for t in targets]),
+        size=max(t.index_NK.shape[-1] for t in targets),
     )
 
 

@@ -20,7 +20,8 @@ from torch import nn
 
 from claas.models.base_model import LoadedModel
 from claas.training.defaults import default_lora
-from claas.training.micro_batch import CHUNK, MICRO_BATCH_TOKENS
+from claas.training.micro_batch import CHUNK
+from claas.training.samples import MICRO_BATCH_TOKENS
 
 LONG_SAMPLE_TOKENS = 4096
 """The longest sample that room is made for, unless a caller knows better; a longer one may run out of memory and then fails its step."""

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from claas.core.types import SampleSource, TrainingConfig
-from claas.training.batch import Sample, Sequences, collate, micro_batches
+from claas.training.batch import Sequences, collate
+from claas.training.samples import PARTS, Part, Sample, lesson_groups
 
 CHUNK = 128
-MICRO_BATCH_TOKENS = 1024
-
-Part = Literal["lesson", "replay", "anchor"]
-"""What a sample is there for: to be learnt, to be kept from earlier lessons, or to be left as the base model has it."""
-PARTS: tuple[Part, ...] = ("lesson", "replay", "anchor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +48,7 @@ class MicroBatch:
 
     @property
     def part(self) -> Part:
-        return _part(self.samples[0])
+        return self.samples[0].part
 
     @property
     def tokens(self) -> int:
@@ -74,18 +70,10 @@ def lesson_batches(samples: Sequence[Sample], config: TrainingConfig, device: to
         MicroBatch(
             group,
             collate([s.student_prompt for s in group], [s.response for s in group]).to(device),
-            config.alpha if source == "sampled" else 0.0,
+            config.alpha if group[0].source == "sampled" else 0.0,
         )
-        for source in ("sampled", "hindsight", "anchor")
-        for part in PARTS
-        for group in micro_batches([s for s in samples if s.source == source and _part(s) == part], MICRO_BATCH_TOKENS, config.minibatch)
+        for group in lesson_groups(samples, config)
     ]
-
-
-def _part(sample: Sample) -> Part:
-    if sample.source == "anchor":
-        return "anchor"
-    return "replay" if sample.replayed else "lesson"
 
 
 def of_part(batches: Sequence[MicroBatch], values_N: Tensor, part: Part) -> Tensor:

@@ -19,8 +19,8 @@ from claas.training.batch import Sequences
 from claas.training.fused import fuse
 from claas.training.lora import LoraLinear
 from claas.training.memory import checkpointed
-from claas.training.micro_batch import MICRO_BATCH_TOKENS
-from claas.training.teachers import Adapter, Speaker, Teacher, TeacherMemory, in_float64
+from claas.training.samples import MICRO_BATCH_TOKENS, Speaker
+from claas.training.teachers import Adapter, Teacher, TeacherMemory, in_float64
 
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-6

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import JsonValue
 
 from claas.core.types import Frozen, StepOutcome
+
+MOST_MOVED = 10
 
 
 class MovedToken(Frozen):
@@ -29,13 +33,16 @@ class Signal(Frozen):
 
 
 class Support(Frozen):
-    """How much of both distributions the top-K support holds."""
+    """How much of both distributions the support holds, and which it is: the `size` likeliest tokens of one of the two, or, where a server
+    tells no more, the sampled token alone."""
 
     student_tail_mass: float
     teacher_tail_mass: float
     sampled_in_support: float
     student_entropy: float
     teacher_entropy: float
+    kind: Literal["top_k", "teacher_top_k", "sampled_token"] = "top_k"
+    size: int | None = None
 
 
 class OffPolicy(Frozen):

@@ -10,7 +10,6 @@ Teacher targets are taken on the first pass and kept as (N, S).
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +19,9 @@ import torch
 from torch import Tensor
 
 from claas.core.types import StepOutcome, TrainingConfig
-from claas.training.batch import Sample, Sequences, collate
+from claas.training.batch import Sequences, collate
 from claas.training.memory import synchronize
 from claas.training.micro_batch import (
-    PARTS,
     Measure,
     MicroBatch,
     Targets,
@@ -36,8 +34,9 @@ from claas.training.micro_batch import (
     rows_of,
 )
 from claas.training.policy import Policy
+from claas.training.samples import PARTS, Sample, Speaker
 from claas.training.sdpo import bucket_and_token_logp, bucket_logp, divergence, importance_ratio, token_logp, top_k_support
-from claas.training.teachers import Speaker
+from claas.training.verdicts import why_not_step, why_undo
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,42 +238,14 @@ class LessonStep:
     # --- verdicts ---
 
     def _gate(self, measured: Measure, grad_norm: float) -> str | None:
-        """Why the optimizer must not step: Adam would take a full-size step on noise, and spread a NaN everywhere."""
-        loss = float(measured.divergence.mean())
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            return f"loss {loss} or gradient norm {grad_norm} is not finite"
-        if self._grad_norms:
-            return None
-        if self._config.needs_rollouts and all(b.source == "sampled" for b in self._batches if b.part == "lesson"):
-            return (
-                "the model could not act on this feedback: with it in view, no reply of its own was fit to learn from. "
-                "Say it in other words, or send the reply you wanted as a demonstration"
-            )
-        signal = part_means(self._batches, measured.divergence)["lesson"]
-        if signal < self._config.min_signal:
-            return (
-                f"already known: the feedback changes the reply by {signal:.2g} nats a token, under min_signal {self._config.min_signal:g}"
-            )
-        return None
+        means = part_means(self._batches, measured.divergence) if not self._grad_norms else {}
+        taught = {batch.source for batch in self._batches if batch.part == "lesson"}
+        return why_not_step(self._config, float(measured.divergence.mean()), grad_norm, taught, means.get("lesson"))
 
     def _harm(self) -> str | None:
-        """Why the lesson must be taken back."""
         assert self._before is not None and self._after is not None
-        config = self._config
-        moved = float(self._after.kl_to_start.mean())
-        if not (math.isfinite(float(self._after.divergence.mean())) and math.isfinite(moved)):
-            return "the new weights give a loss that is not finite"
         before, after = (part_means(self._batches, measure.divergence) for measure in (self._before, self._after))
-        if after["lesson"] > before["lesson"]:
-            return f"the loss rose from {before['lesson']:.4g} to {after['lesson']:.4g}: try a smaller learning_rate"
-        if moved > config.max_kl:
-            return f"the policy moved by {moved:.3g} nats a token, over max_kl {config.max_kl:g}: try a smaller learning_rate"
-        # An adapter that is far away already, as an imported one may be, is not undone for coming nearer.
-        if (strayed := after.get("anchor", 0.0)) > max(config.max_anchor_kl, before.get("anchor", 0.0)):
-            return f"replies to unrelated prompts moved by {strayed:.3g} nats a token, over max_anchor_kl {config.max_anchor_kl:g}"
-        if (lost := after.get("replay", 0.0) - before.get("replay", 0.0)) > config.max_forgetting:
-            return f"earlier lessons would fade: their loss rose by {lost:.3g} nats a token, over max_forgetting {config.max_forgetting:g}"
-        return None
+        return why_undo(self._config, before, after, float(self._after.kl_to_start.mean()))
 
     def _finish(self, outcome: StepOutcome, reason: str | None) -> StepResult:
         """The result; unless the lesson was applied, the weights are taken back first."""

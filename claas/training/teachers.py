@@ -30,8 +30,6 @@ EMA_RANKS = 2
 _LESSONS = "lessons"
 
 TeacherMemory = Literal["ema", "snapshot"]
-Speaker = Literal["live", "base", "ema", "snapshot"]
-"""Whose weights a forward goes through: the student's, none, or a remembered teacher's."""
 Adapter = Mapping[str, Tensor]
 """A and B of every layer, by parameter name; a teacher's rank need not be the student's."""
 

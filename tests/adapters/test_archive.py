@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
-from claas.adapters.archive import export_zip, import_zip
+from claas.adapters.archive import import_zip
+from claas.adapters.export import export_zip
 from claas.adapters.store import CONFIG, MANIFEST, OPTIMIZER, WEIGHTS
 from claas.core.errors import BadRequest
 from claas.core.types import AdapterVersion

@@ -18,9 +18,11 @@ from claas.inference.embedded import EmbeddedInference
 from claas.models.base_model import LoadedModel
 from claas.models.compute import ComputeShare
 from tests.doubles.inference import CharInference
+from tests.doubles.tinker_faults import CLOUD, SKYRL
 from tests.doubles.vllm_server import VllmDouble
 from tests.inference.vllm_serving import serving
 from tests.models.tiny import adapter_ref
+from tests.tinker.teaching import sampling
 
 CONTEXT = 512
 
@@ -58,9 +60,25 @@ async def vllm(tiny_model: LoadedModel, folder: Path) -> AsyncIterator[Served]:
         assert server.violations == []
 
 
-@pytest.fixture(params=[embedded, double, vllm], ids=["embedded", "double", "vllm"])
+@asynccontextmanager
+async def tinker(tiny_model: LoadedModel, _: Path) -> AsyncIterator[Served]:
+    async with sampling(tiny_model, CLOUD, max_context=CONTEXT) as (backend, adapter):
+        yield Served(backend, adapter)
+
+
+@asynccontextmanager
+async def tinker_of_ones_own(tiny_model: LoadedModel, _: Path) -> AsyncIterator[Served]:
+    async with sampling(tiny_model, SKYRL, max_context=CONTEXT) as (backend, adapter):
+        yield Served(backend, adapter)
+
+
+BACKENDS = {"embedded": embedded, "double": double, "vllm": vllm, "tinker": tinker, "tinker-own": tinker_of_ones_own}
+TELLING_ALTERNATIVES = [name for name in BACKENDS if name != "tinker-own"]  # docs/tinker.md: some servers do not
+
+
+@pytest.fixture(params=BACKENDS)
 async def served(request: pytest.FixtureRequest, tiny_model: LoadedModel, tmp_path: Path) -> AsyncIterator[Served]:
-    async with request.param(tiny_model, tmp_path) as made:
+    async with BACKENDS[request.param](tiny_model, tmp_path) as made:
         yield made
 
 
@@ -110,6 +128,7 @@ async def test_a_stop_string_cuts_the_text_and_keeps_the_tokens(served: Served) 
     assert stop in "".join(served.backend.token_text(token.id) for token in cut.tokens)
 
 
+@pytest.mark.parametrize("served", TELLING_ALTERNATIVES, indirect=True)
 async def test_logprobs_are_of_the_tokens_and_alternatives_come_best_first(served: Served) -> None:
     reply = await served.backend.complete(ask(top_logprobs=5))
     for token in reply.tokens:

@@ -33,7 +33,10 @@ from claas.training.engine.local import LocalEngine
 from claas.training.report import StepReport
 from claas.training.residency import RESIDENT, Residency, Visiting
 from tests.doubles.engine import NO_EFFECT, MemoryEngine
+from tests.doubles.tinker_faults import CLOUD, SKYRL, Ways
+from tests.doubles.tinker_server import TinkerDouble
 from tests.models.tiny import load_tiny_model
+from tests.tinker.teaching import place_of, teaching
 
 A, B = "me/a", "me/b"
 KEEP = 10
@@ -128,6 +131,41 @@ async def visiting(model: LoadedModel, folder: Path) -> AsyncIterator[Trained]:
         yield trained
 
 
+async def on_tinker(model: LoadedModel, ways: Ways, **settings: float) -> AsyncIterator[Trained]:
+    """Lessons on the double of a Tinker server, through the true SDK."""
+
+    def will(outcome: StepOutcome) -> dict[str, float]:
+        return settings | OTHERWISE[outcome]
+
+    with TinkerDouble(model, ways, poll_s=0.2) as server:
+        async with teaching(place_of(server)) as (engine, adapters):
+
+            async def breaks(version: int) -> None:
+                found = await adapters.version(A, version)
+                await adapters.publish(found.model_copy(update={"state_path": "tinker://nobody/weights/v1"}))
+
+            async def busy() -> None:
+                while "forward" not in server.called():  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+
+            prompt = render(model.tokenizer, MESSAGES, {})
+            yield Trained(engine, model.id, will, _changes_something, _for_a_taller_model, breaks, busy, prompt)
+        assert server.violations == []
+
+
+@asynccontextmanager
+async def tinker(model: LoadedModel, _: Path) -> AsyncIterator[Trained]:
+    async for trained in on_tinker(model, CLOUD):
+        yield trained
+
+
+@asynccontextmanager
+async def tinker_of_ones_own(model: LoadedModel, _: Path) -> AsyncIterator[Trained]:
+    """A server that tells no likeliest tokens, deletes nothing, has room for four models, and speaks only through those it holds."""
+    async for trained in on_tinker(model, SKYRL, learning_rate=1e-3):
+        yield trained
+
+
 @asynccontextmanager
 async def double(_: LoadedModel, __: Path) -> AsyncIterator[Trained]:
     engine = MemoryEngine()
@@ -165,10 +203,14 @@ def _rewritten(archive: bytes, change: Callable[[str, bytes], tuple[str, bytes]]
     return out.getvalue()
 
 
-@pytest.fixture(params=[local, visiting, double], ids=["local", "local-visiting", "double"])
+ENGINES = {"local": local, "local-visiting": visiting, "tinker": tinker, "tinker-own": tinker_of_ones_own, "double": double}
+TAKING_WEIGHTS = [name for name in ENGINES if not name.startswith("tinker")]  # docs/tinker.md: not supported there
+
+
+@pytest.fixture(params=ENGINES)
 async def trained(request: pytest.FixtureRequest, tiny_model: LoadedModel, tmp_path: Path) -> AsyncIterator[Trained]:
     """An engine with one adapter, `A`."""
-    async with request.param(tiny_model, tmp_path) as made:
+    async with ENGINES[request.param](tiny_model, tmp_path) as made:
         await made.engine.init_lora(LoraInitRequest(lora_id=A))
         yield made
 
@@ -235,6 +277,7 @@ async def test_an_export_is_a_zip_in_pefts_layout_of_the_version_asked_for(train
     assert [trained.has_effect(found[WEIGHTS]) for found in files] == [False, False, True]
 
 
+@pytest.mark.parametrize("trained", TAKING_WEIGHTS, indirect=True)
 async def test_what_is_imported_is_what_was_exported(trained: Trained) -> None:
     report = await trained.distill()
     archive = (await trained.engine.export_lora(A, report.version)).content
@@ -247,6 +290,7 @@ async def test_what_is_imported_is_what_was_exported(trained: Trained) -> None:
         await trained.engine.import_lora(B, archive)
 
 
+@pytest.mark.parametrize("trained", TAKING_WEIGHTS, indirect=True)
 async def test_an_archive_that_does_not_fit_leaves_nothing_behind(trained: Trained) -> None:
     fits = (await trained.engine.export_lora(A)).content
     for archive in (b"no zip", trained.misfit(fits)):

@@ -33,11 +33,11 @@ def example() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
-def config(command: list[str], folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def config(command: list[str], folder: Path, variables: dict[str, str], profile: str = "local") -> subprocess.CompletedProcess[str]:
     """`compose config` of the real file with these variables, as if they stood in docker/.env."""
     env_file = folder / "compose.env"
     env_file.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
-    whole = [*command, "--env-file", str(env_file), "-f", str(FILE), "--profile", "local", "config"]
+    whole = [*command, "--env-file", str(env_file), "-f", str(FILE), "--profile", profile, "config"]
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return subprocess.run(whole, capture_output=True, text=True, timeout=120, env=environment, check=False)
 
@@ -96,6 +96,7 @@ class Project:
     networks: dict[str, Any]
 
 
-def parse(output: str) -> Project:
+def parse(output: str, profile: str = "local") -> Project:
+    """The services of the profile: Compose's version 1 prints them all."""
     read = yaml.safe_load(output)
-    return Project({name: Service(raw) for name, raw in read["services"].items()}, read["networks"])
+    return Project({name: Service(raw) for name, raw in read["services"].items() if profile in raw["profiles"]}, read["networks"])

@@ -156,12 +156,37 @@ def test_the_api_takes_the_settings_that_it_is_given(project: Project, tmp_path:
     assert run.stdout.split() == ["http://vllm:8000", "Qwen/Qwen3-8B", "/adapters", "/adapters", "auto", "1"]
 
 
+def test_the_profile_tinker_is_one_service_with_a_key_and_no_gpu(command: list[str], tmp_path: Path) -> None:
+    result = config(command, tmp_path, example() | {"CLAAS_API_KEYS": KEYS, "CLAAS_TINKER_API_KEY": "tml-mine"}, profile="tinker")
+    (service,) = parse(result.stdout, "tinker").services.values()
+    assert (service.raw["user"], service.raw["read_only"], service.raw["cap_drop"]) == (UNPRIVILEGED, True, ["ALL"])
+    assert service.ports == ["127.0.0.1:8080:8080"]
+    assert "deploy" not in service.raw and "local" not in service.raw["build"]["args"]["EXTRAS"]
+    assert set(service.mounts) == {"/data", "/models"}
+    code = (
+        "from claas.core.settings import load_settings; s = load_settings(host='0.0.0.0');"
+        "print(s.distill_execution_mode, s.tinker_key, s.tinker_base_url, s.base_model_id, s.adapters_dir)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=service.environment | {"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    url = "https://tinker.thinkingmachines.dev/services/tinker-prod"
+    assert run.stdout.split() == ["tinker", "tml-mine", url, "Qwen/Qwen3-30B-A3B", "/data/adapters"]
+
+
 def test_the_example_tells_every_variable_and_its_default(command: list[str], tmp_path: Path) -> None:
     used = set(re.findall(r"\$\{([A-Z_]+)", FILE.read_text()))
     assert set(example()) == used | {"COMPOSE_PROJECT_NAME"}
     plain = {"CLAAS_API_KEYS": KEYS, "COMPOSE_PROJECT_NAME": "claas"}
     told = config(command, tmp_path, example() | plain | {"VLLM_EXTRA_FLAGS": ""})
     assert told.stdout == config(command, tmp_path, plain).stdout != ""
+    tinker = [config(command, tmp_path, given, profile="tinker").stdout for given in (example() | plain | {"VLLM_EXTRA_FLAGS": ""}, plain)]
+    assert tinker[0] == tinker[1] != ""
 
 
 def test_every_variable_of_the_example_is_explained() -> None:
@@ -175,6 +200,7 @@ def test_every_variable_of_the_example_is_explained() -> None:
 def test_the_example_holds_no_secret_and_the_filled_in_one_is_never_committed() -> None:
     assert {name: value for name, value in example().items() if re.search("KEY|TOKEN|SECRET|PASSWORD", name)} == {
         "CLAAS_API_KEYS": "",
+        "CLAAS_TINKER_API_KEY": "",
         "HF_TOKEN": "",
         "VLLM_API_KEY": "",
     }

@@ -17,6 +17,8 @@ from claas.core.errors import ConfigurationError
 from claas.storage.database import Database
 from claas.storage.models import Base, LessonRow
 
+TABLES = {"rollouts", "feedback", "adapter_versions", "steps", "lessons", "tinker_adapters", "tinker_versions"}
+
 
 @pytest.fixture
 def empty(url: str) -> Iterator[Database]:
@@ -49,7 +51,7 @@ def test_an_empty_database_gets_the_schema_of_the_models(empty: Database) -> Non
     assert len(_differences(empty)) >= 4
     empty.migrate()
     assert _differences(empty) == []
-    assert _tables(empty) == {"rollouts", "feedback", "adapter_versions", "steps", "lessons"}
+    assert _tables(empty) == TABLES
 
 
 def test_the_comparison_sees_a_missing_column_and_a_missing_index(empty: Database) -> None:
@@ -116,4 +118,4 @@ def test_a_database_of_a_newer_claas_is_refused_and_left_alone(empty: Database) 
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(ConfigurationError, match="newer CLaaS"):
         empty.migrate()
-    assert len(_tables(empty)) == 5
+    assert _tables(empty) == TABLES

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from claas.adapters.initialise import write_initial_adapter
 from claas.models.base_model import LoadedModel
-from claas.training.batch import Sample
 from claas.training.policy import Policy
+from claas.training.samples import Sample
 
 VOCAB = 300
 

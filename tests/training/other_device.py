@@ -27,10 +27,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from claas.adapters.initialise import write_initial_adapter
 from claas.core.types import TrainingConfig
 from claas.models.base_model import LoadedModel
-from claas.training.batch import Sample
 from claas.training.defaults import default_lora
 from claas.training.memory import RESERVE_BYTES, step_bytes
 from claas.training.policy import ADAM_BETAS, Policy
+from claas.training.samples import Sample
 from claas.training.step import LessonStep
 from claas.training.teachers import Teacher
 from tests.training.conftest import sample

@@ -13,8 +13,9 @@ from pydantic import JsonValue
 
 from claas.core.errors import Unteachable
 from claas.core.types import ChatMessage, DistillBatchItem, TeacherKind
-from claas.training.batch import Sample, collate, micro_batches, prepare
+from claas.training.batch import collate
 from claas.training.hindsight import DEMONSTRATED, HINDSIGHT_BLOCK, hindsight_messages
+from claas.training.samples import Sample, micro_batches, prepare
 from tests.training.conftest import sample
 
 ITEM = DistillBatchItem(

@@ -33,8 +33,8 @@ from claas.training.memory import (
     out_of_memory,
     step_bytes,
 )
-from claas.training.micro_batch import MICRO_BATCH_TOKENS
 from claas.training.policy import Policy
+from claas.training.samples import MICRO_BATCH_TOKENS
 from claas.training.step import LessonStep
 from tests.training.conftest import ids, sample
 

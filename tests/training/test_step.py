@@ -13,10 +13,10 @@ from torch import Tensor
 
 from claas.core.types import TrainingConfig
 from claas.models.base_model import LoadedModel
-from claas.training.batch import Sample
 from claas.training.figures import summarise
-from claas.training.micro_batch import CHUNK, MICRO_BATCH_TOKENS, part_means
+from claas.training.micro_batch import CHUNK, part_means
 from claas.training.policy import Policy
+from claas.training.samples import MICRO_BATCH_TOKENS, Sample
 from claas.training.sdpo import sdpo_loss
 from claas.training.step import LessonStep, StepResult
 from tests.training.conftest import sample

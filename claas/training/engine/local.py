@@ -22,17 +22,15 @@ from claas.core.types import AdapterVersion, ChatMessage, DistillBatchRequestPay
 from claas.models.base_model import LoadedModel
 from claas.models.chat_template import render
 from claas.models.compute import ComputeShare
-from claas.training.batch import Sample, prepare
 from claas.training.engine.stored import StoredEngine
 from claas.training.figures import summarise
 from claas.training.memory import LONG_SAMPLE_TOKENS, free_memory, meter_of, out_of_memory, step_bytes
 from claas.training.policy import Policy
 from claas.training.report import StepReport
 from claas.training.residency import RESIDENT, Residency
+from claas.training.samples import Sample, prepare
 from claas.training.step import LessonStep
 from claas.training.teachers import after_lesson, load_teachers, save_teachers, wanted_teachers
-
-CONTROL_FEEDBACK = "The parcel will arrive on Thursday, between nine and eleven."
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +147,6 @@ class LocalEngine(StoredEngine):
                 parent=parent,
                 vocab_size=int(self._base.config.vocab_size),
                 max_context=self._base.max_context,
-                control_feedback=CONTROL_FEEDBACK,
             )
             for item in payload.samples
         ]

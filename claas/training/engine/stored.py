@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
-from claas.adapters.archive import export_zip, import_zip
+from claas.adapters.archive import import_zip
+from claas.adapters.export import export_zip
 from claas.adapters.initialise import write_initial_adapter
 from claas.adapters.store import AdapterStore
 from claas.core.adapter_id import flat_name, parse_adapter_id, vllm_name

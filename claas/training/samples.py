@@ -1,0 +1,131 @@
+"""Payload items → samples to train on, for any engine. Every length and id is checked; nothing is ever cut or re-encoded. No tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import JsonValue
+
+from claas.core.errors import Unteachable
+from claas.core.types import ChatMessage, DistillBatchItem, SampleSource, TeacherKind, TrainingConfig
+from claas.training.hindsight import hindsight_messages
+
+CONTROL_FEEDBACK = "The parcel will arrive on Thursday, between nine and eleven."
+MICRO_BATCH_TOKENS = 1024
+
+Part = Literal["lesson", "replay", "anchor"]
+"""What a sample is there for: to be learnt, to be kept from earlier lessons, or to be left as the base model has it."""
+PARTS: tuple[Part, ...] = ("lesson", "replay", "anchor")
+Speaker = Literal["live", "base", "ema", "snapshot"]
+"""Whose weights a forward goes through: the student's, none, or a remembered teacher's."""
+
+Render = Callable[[Sequence[ChatMessage], Mapping[str, JsonValue]], tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sequence to train on: the student's prompt, the teacher's, and the response both continue with.
+
+    `old_logp` is None where the sample is on-policy or not the student's own: then its importance ratio is 1. `served_logp` of a `masked`
+    sample are of no version's own distribution.
+    """
+
+    source: SampleSource
+    teacher: Speaker
+    student_prompt: tuple[int, ...]
+    teacher_prompt: tuple[int, ...]
+    control_prompt: tuple[int, ...] | None
+    response: tuple[int, ...]
+    served_logp: tuple[float, ...]
+    on_policy: bool
+    age: int
+    taught: bool = True
+    replayed: bool = False
+    masked: bool = False
+
+    @property
+    def part(self) -> Part:
+        if self.source == "anchor":
+            return "anchor"
+        return "replay" if self.replayed else "lesson"
+
+    @property
+    def length(self) -> int:
+        return max(len(self.student_prompt), len(self.teacher_prompt)) + len(self.response)
+
+
+def prepare(
+    item: DistillBatchItem,
+    render: Render,
+    *,
+    teacher: TeacherKind,
+    hindsight_teacher: TeacherKind = "base",
+    parent: int,
+    vocab_size: int,
+    max_context: int,
+    control_feedback: str | None = CONTROL_FEEDBACK,
+) -> Sample:
+    """One payload item as a `Sample`, rendered for the teacher of its source and checked. Anchors are the base model's own.
+
+    Raises:
+        Unteachable: ids outside the vocabulary, non-finite logprobs, no user turn, or a teacher prompt that does not fit the context.
+    """
+    if not all(0 <= token < vocab_size for token in (*item.prompt_token_ids, *item.response_token_ids)):
+        raise Unteachable(f"a token id is outside the model's vocabulary of {vocab_size}: the reply came from another model")
+    if not all(math.isfinite(logp) and logp <= 1e-3 for logp in item.response_logprobs):
+        raise Unteachable("the reply's logprobs are not all finite and at most 0, so it cannot be learnt from")
+    template = item.template_kwargs
+    own = item.source == "sampled"
+    plain = item.source == "anchor" or not (item.feedback.strip() or item.demonstration)
+    judge = "base" if item.source == "anchor" else teacher if own else hindsight_teacher
+    book = item.book if judge == "book" else ()
+    told = hindsight_messages(item.messages, item.feedback, item.demonstration, book)
+    control = hindsight_messages(item.messages, control_feedback, None, book) if control_feedback and own and not item.replayed else None
+    sample = Sample(
+        source=item.source,
+        teacher="base" if judge == "book" else judge,
+        student_prompt=item.prompt_token_ids,
+        teacher_prompt=item.prompt_token_ids if plain else render(told, template),
+        control_prompt=None if control is None else render(control, template),
+        response=item.response_token_ids,
+        served_logp=item.response_logprobs,
+        on_policy=not own or item.version is None or item.version == parent,
+        masked=own and item.version is None,
+        age=parent - item.version if own and item.version is not None else 0,
+        taught=item.taught,
+        replayed=item.replayed,
+    )
+    if sample.length > max_context:
+        raise Unteachable(
+            f"the conversation with the feedback has {sample.length} tokens and the model reads {max_context}: "
+            "shorten the feedback or the conversation"
+        )
+    return sample
+
+
+def micro_batches(samples: Sequence[Sample], max_tokens: int, max_samples: int = 0) -> list[list[Sample]]:
+    """Group samples of similar length so that no padded group has over `max_tokens` positions (a longer sample goes alone).
+
+    `max_samples` bounds a group's size too, unless it is 0.
+    """
+    groups: list[list[Sample]] = []
+    for sample in sorted(samples, key=lambda s: s.length):
+        full = not groups or len(groups[-1]) == max_samples or (len(groups[-1]) + 1) * sample.length > max_tokens
+        if not full:
+            groups[-1].append(sample)
+        else:
+            groups.append([sample])
+    return groups
+
+
+def lesson_groups(samples: Sequence[Sample], config: TrainingConfig) -> list[list[Sample]]:
+    """The samples of each source and part, in groups that a gradient step takes whole."""
+    return [
+        group
+        for source in ("sampled", "hindsight", "anchor")
+        for part in PARTS
+        for group in micro_batches([s for s in samples if s.source == source and s.part == part], MICRO_BATCH_TOKENS, config.minibatch)
+    ]

@@ -1,0 +1,119 @@
+"""The product's main job on a real server of the Tinker API: a person chats, says what was wrong, and the adapter there has learned it."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from claas.models.base_model import LoadedModel
+from tests.integration.process import Service, running
+from tests.integration.test_lesson import FEEDBACK, PROMPTS, greedy, peft_logprob
+from tests.tinker.process import MAX_MODELS, MAX_RANK, MODEL, RealTinker
+
+PROBES = (
+    "What should I call you?",
+    "Tell me your name, please.",
+    "Good morning! And you are?",
+    "Introduce yourself in one sentence.",
+    "Do you have a name?",
+)
+UNRELATED = "What is the capital of France?"
+MAX_LESSONS = 3
+
+pytestmark = [pytest.mark.tinker, pytest.mark.timeout(3000)]
+
+
+def serving(server: RealTinker, data: Path, model_dir: Path) -> AbstractContextManager[Service]:
+    """A service in tinker mode, which is left as many models as the server has room for, less one for a lesson beside them."""
+    settings = {
+        "CLAAS_DISTILL_EXECUTION_MODE": "tinker",
+        "CLAAS_TINKER_BASE_URL": server.url,
+        "CLAAS_TINKER_TOKENIZER": str(model_dir),
+        "CLAAS_TINKER_LORA_RANK": str(MAX_RANK),
+        "CLAAS_TINKER_MAX_RUNS": str(MAX_MODELS - 1),
+        "CLAAS_TINKER_PRICES": '{"sampled": 2.0, "scored": 1.0, "trained": 3.0}',
+    }
+    return running(data, base_model=Path(MODEL), **settings)
+
+
+def taught(service: Service, completion_ids: list[str]) -> dict[str, Any]:
+    """One lesson on these replies; it must have been applied."""
+    body = {"requests": [{"completion_id": reply_id, "feedback": FEEDBACK} for reply_id in completion_ids]}
+    answer = service.http.post("/v1/feedback", json=body, timeout=1200.0)
+    assert answer.status_code == 200, answer.text
+    lesson: dict[str, Any] = answer.json()
+    assert lesson["status"] == "ok", lesson["reason"]
+    return lesson
+
+
+def finished_reply(service: Service, prompt: str) -> str:
+    """The id of a sampled reply that ended by itself."""
+    for seed in range(8):
+        reply = service.chat(prompt, seed=seed, max_tokens=96, temperature=0.7)
+        if reply["choices"][0]["finish_reason"] == "stop":
+            return str(reply["id"])
+    raise AssertionError(f"no reply to {prompt!r} ended by itself")
+
+
+def scored(service: Service, model: str, completion: str) -> dict[str, Any]:
+    body = {"model": model, "messages": [{"role": "user", "content": PROBES[0]}], "completion": completion}
+    answer = service.http.post("/v1/score", json=body)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def test_a_correction_is_learnt_kept_undone_exported_and_deleted(
+    tinker_server: RealTinker, tmp_path: Path, model_dir: Path, loaded_model: LoadedModel
+) -> None:
+    data = tmp_path / "data"
+    with serving(tinker_server, data, model_dir) as service:
+        service.http.post("/v1/lora/init", json={"lora_id": "you/other"}).raise_for_status()
+        before = [greedy(service, probe) for probe in PROBES]
+        assert not any("Kuro" in reply for reply in before)
+        other = scored(service, "you/other", before[0])["logprobs"]
+
+        ids = [finished_reply(service, prompt) for prompt in PROMPTS]
+        lessons = [taught(service, ids)]
+        after = [greedy(service, probe) for probe in PROBES]
+        while sum("Kuro" in reply for reply in after) < 4:
+            assert len(lessons) < MAX_LESSONS, after
+            lessons.append(taught(service, ids))
+            after = [greedy(service, probe) for probe in PROBES]
+        learnt = lessons[-1]["version"]
+
+        record = lessons[0]["distill_result"]["metadata"]
+        assert record["update"]["loss_after"] < record["update"]["loss_before"]
+        assert record["support"]["kind"] == "sampled_token"
+        assert record["usage"]["trained_tokens"] > 0 and record["usage"]["price"] > 0
+        assert "Paris" in greedy(service, UNRELATED)
+        assert [greedy(service, probe, "assistant@0") for probe in PROBES] == before, "a pinned version says what it always said"
+        assert scored(service, "you/other", before[0])["logprobs"] == pytest.approx(other, abs=1e-3), "another adapter is untouched"
+        assert service.get("/v1/lora")["loras"] == ["assistant", "you/other"]
+        mine = scored(service, "assistant", after[0])
+
+    with serving(tinker_server, data, model_dir) as service:  # the runs of the one before are gone
+        assert [greedy(service, probe) for probe in PROBES] == after, "what was learned stays learned"
+        versions = service.get("/v1/lora/versions", lora_id="assistant")
+        assert (versions["latest"], versions["versions"][-1]["parent"]) == (learnt, lessons[-1]["distill_result"]["metadata"]["parent"])
+        assert scored(service, "assistant", after[0])["logprobs"] == pytest.approx(mine["logprobs"], abs=2e-2)
+        archive = service.http.get("/v1/lora/export", params={"lora_id": "assistant"}).content
+
+        service.http.post("/v1/lora/rollback", json={"lora_id": "assistant", "version": 0}).raise_for_status()
+        assert [greedy(service, probe) for probe in PROBES] == before
+        service.http.post("/v1/lora/rollback", json={"lora_id": "assistant", "version": learnt}).raise_for_status()
+
+        tinker_server.restart()
+        assert [greedy(service, probe) for probe in PROBES] == after, "a server that forgot it is told again"
+        assert service.http.delete("/v1/lora", params={"lora_id": "assistant"}).status_code == 200
+        assert service.get("/v1/lora")["loras"] == ["you/other"]
+
+    folder = tmp_path / "exported"
+    with zipfile.ZipFile(io.BytesIO(archive)) as zipped:
+        zipped.extractall(folder)
+    assert peft_logprob(loaded_model, folder, PROBES[0], after[0]) == pytest.approx(mine["logprob_sum"], rel=0.05, abs=0.3)
