@@ -209,7 +209,6 @@ class TinkerEngine:
         seed = random.getrandbits(31) if params.seed is None else params.seed
         said = [sample(self.base, lora, prompt, params, self.model.tokenizer, seed + i) for i in range(request.num_samples)]
         answer: dict[str, Any] = {
-            "type": "sample",
             "sequences": [{"tokens": s.tokens, "logprobs": s.logprobs, "stop_reason": "stop" if s.stopped else "length"} for s in said],
         }
         if request.prompt_logprobs or request.topk_prompt_logprobs:

@@ -146,7 +146,7 @@ def _dense(tensor: types.TensorData) -> Tensor:
     flat = torch.tensor(tensor.data, dtype=torch.int64 if tensor.dtype == "int64" else torch.float32)
     if tensor.sparse_crow_indices is not None:
         rows, columns = torch.tensor(tensor.sparse_crow_indices), torch.tensor(tensor.sparse_col_indices)
-        return torch.sparse_csr_tensor(rows, columns, flat, tensor.shape).to_dense()
+        return torch.sparse_csr_tensor(rows, columns, flat, tensor.shape, check_invariants=True).to_dense()
     return flat.reshape(tensor.shape or [-1])
 
 

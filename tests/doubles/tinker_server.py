@@ -63,7 +63,7 @@ class TinkerDouble(Loopback):
         self.ways, self.model = ways, model
         self.engine = TinkerEngine(model, ways, self.violations)
         self.futures: dict[str, Future] = {}
-        self._api_key, self._poll_s = api_key, poll_s
+        self._api_key, self.poll_s = api_key, poll_s
         self._routes = Routes(self.engine, self.submit)
         self._work = ThreadPoolExecutor(1)
         self._doing: set[asyncio.Task[None]] = set()
@@ -72,6 +72,11 @@ class TinkerDouble(Loopback):
 
     def start(self) -> None:
         self.engine.live.clear()
+        for future in self.futures.values():
+            if not future.done.is_set():
+                future.failure = Failed("not done: it was asked of the server before", "server")
+                future.done = asyncio.Event()
+                future.done.set()
         self._work = ThreadPoolExecutor(1, "tinker-double")
         super().start()
 
@@ -197,7 +202,7 @@ class TinkerDouble(Loopback):
         if (future := self.futures.get(request_id)) is None:
             raise Refused(404, "Future not found")
         try:
-            async with asyncio.timeout(self._poll_s):
+            async with asyncio.timeout(self.poll_s):
                 await future.done.wait()
         except TimeoutError:
             return JSONResponse({"type": "try_again", "request_id": request_id, "queue_state": "active"}, 408)

@@ -32,8 +32,7 @@ class RealTinker:
         self.url = f"http://127.0.0.1:{self.port}"
         self._bin = python.parent
         self._folder = folder
-        (folder / MODEL).parent.mkdir(parents=True)
-        (folder / MODEL).symlink_to(model_dir, target_is_directory=True)
+        _in_float32(model_dir, folder / MODEL)
         self._log = folder / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -81,7 +80,7 @@ class RealTinker:
         command += ["--base-model", MODEL, "--host", "127.0.0.1", "--port", str(self.port), "--backend", "jax"]
         sizes = {"sample_max_num_sequences": 8, "train_micro_batch_size": 4}  # few shapes: each is compiled, for half a minute
         command += ["--backend-config", json.dumps({"max_lora_adapters": MAX_MODELS + 1, "max_lora_rank": MAX_RANK} | sizes)]
-        return [*command, "--checkpoints-base", "checkpoints", "--database-url", "sqlite:///tinker.db"]
+        return [*command, "--checkpoints-base", str(self._folder / "checkpoints"), "--database-url", "sqlite:///tinker.db"]
 
     def _environment(self) -> dict[str, str]:
         return {
@@ -99,3 +98,13 @@ class RealTinker:
         if self._process is not None:
             with suppress(ProcessLookupError):  # all of it has ended
                 os.killpg(self._process.pid, number)
+
+
+def _in_float32(model_dir: Path, folder: Path) -> None:
+    """The same model, to be computed with in float32: it keeps adapters, moments and logprobs in what the model says, and rounds them."""
+    folder.mkdir(parents=True)
+    for file in model_dir.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((model_dir / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
