@@ -42,14 +42,14 @@ def double_like_it(tiny_model: Any) -> Iterator[TinkerDouble]:
 
 @pytest.fixture(scope="module")
 def double(double_like_it: TinkerDouble) -> Iterator[Peer]:
-    peer = Peer(double_like_it.url, double_like_it.model.id, KEY)
+    peer = Peer(double_like_it.url, double_like_it.model.id, KEY, double_like_it.restart)
     yield peer
     peer.close()
 
 
 @pytest.fixture(scope="module")
 def real(tinker_server: RealTinker) -> Iterator[Peer]:
-    peer = Peer(tinker_server.url, MODEL, ANY_KEY)
+    peer = Peer(tinker_server.url, MODEL, ANY_KEY, tinker_server.restart)
     yield peer
     peer.close()
 
@@ -70,6 +70,6 @@ def cloud(tiny_model: Any) -> Iterator[TinkerDouble]:
 
 @pytest.fixture
 def hosted(cloud: TinkerDouble) -> Iterator[Peer]:
-    peer = Peer(cloud.url, cloud.model.id, KEY)
+    peer = Peer(cloud.url, cloud.model.id, KEY, cloud.restart)
     yield peer
     peer.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -20,10 +20,10 @@ RATE = 3e-3
 
 
 class Peer:
-    """A server to ask. What is created through it is unloaded by `forget`."""
+    """A server to ask. What is created through it is unloaded by `forget`. `restart` is a SIGKILL and a new start."""
 
-    def __init__(self, url: str, model: str, api_key: str) -> None:
-        self.url, self.model = url, model
+    def __init__(self, url: str, model: str, api_key: str, restart: Callable[[], None]) -> None:
+        self.url, self.model, self.restart = url, model, restart
         self.http = httpx.Client(base_url=f"{url}/api/v1", headers={"x-api-key": api_key}, timeout=300.0)
         self.service = tinker.ServiceClient(base_url=url, api_key=api_key)
         self.rest = self.service.create_rest_client()

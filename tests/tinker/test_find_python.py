@@ -13,10 +13,12 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "find-python"
 OURS = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def find(home: Path, *versions: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def find(
+    home: Path, *versions: str, path: Path | None = None, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """On a machine where `home` and `path` are all there is."""
     own = {"HOME": str(home), "PATH": os.pathsep.join([*([str(path)] if path else []), "/nonexistent"])}
-    return subprocess.run(["/bin/sh", SCRIPT, *versions], env=own | environment, capture_output=True, text=True, check=False)
+    return subprocess.run(["/bin/sh", SCRIPT, *versions], env=own | (environment or {}), capture_output=True, text=True, check=False)
 
 
 def put(link: Path) -> Path:
@@ -35,14 +37,16 @@ def test_it_is_on_path(tmp_path: Path) -> None:
 def test_it_is_of_pyenv(tmp_path: Path, root: str) -> None:
     there = put(tmp_path / root / "versions" / f"{OURS}.77" / "bin" / "python")
     environment = {} if root == ".pyenv" else {"PYENV_ROOT": str(tmp_path / root)}
-    assert find(tmp_path, "9.9", OURS, **environment).stdout == f"{there}\n"
+    assert find(tmp_path, "9.9", OURS, environment=environment).stdout == f"{there}\n"
 
 
 def test_it_is_named_and_comes_first(tmp_path: Path) -> None:
     put(tmp_path / "bin" / f"python{OURS}")
     mine = put(tmp_path / "mine")
-    assert find(tmp_path, "9.9", OURS, path=tmp_path / "bin", PYTHON=str(mine)).stdout == f"{mine}\n"
-    assert find(tmp_path, "9.9", path=tmp_path / "bin", PYTHON=str(mine)).returncode == 1, "but only if it is of the version"
+    assert find(tmp_path, "9.9", OURS, path=tmp_path / "bin", environment={"PYTHON": str(mine)}).stdout == f"{mine}\n"
+    assert find(tmp_path, "9.9", path=tmp_path / "bin", environment={"PYTHON": str(mine)}).returncode == 1, (
+        "but only if it is of the version"
+    )
 
 
 def test_it_is_nowhere(tmp_path: Path) -> None:

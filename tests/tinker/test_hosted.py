@@ -26,7 +26,7 @@ WHOLE = PROMPT + REPLY
 @pytest.fixture
 def hosted_in_json(tiny_model: LoadedModel) -> Iterator[Peer]:
     with TinkerDouble(tiny_model, replace(CLOUD, protobuf=False)) as server:
-        peer = Peer(server.url, tiny_model.id, KEY)
+        peer = Peer(server.url, tiny_model.id, KEY, server.restart)
         yield peer
         peer.close()
 

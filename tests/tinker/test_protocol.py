@@ -280,6 +280,22 @@ def test_its_places_are_few(peer: Peer) -> None:
     assert len(trained(peer.train())) == len(PROMPT + REPLY) - 1
 
 
+def test_after_a_kill_only_checkpoints_are_left(peer: Peer) -> None:
+    client = peer.train()
+    step(client)
+    state, sampler = client.save_state("left").result().path, client.save_weights_for_sampler("left").result().path
+    said, speaker = trained(client), peer.at(sampler)
+    peer.restart()
+    with pytest.raises(ValueError, match=f"Model {client.model_id} not loaded"):
+        trained(client)
+    with pytest.raises(ValueError, match=f"Model {client.model_id} not loaded"):
+        logprobs(speaker)
+    resumed = peer.resume(state)
+    assert trained(resumed) == pytest.approx(said, abs=1e-3)
+    again = resumed.save_weights_for_sampler("left").result().path
+    assert logprobs(peer.at(again)) == pytest.approx(said, abs=0.05), "saved anew, it speaks"
+
+
 # Shapes
 
 
