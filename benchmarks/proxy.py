@@ -8,8 +8,10 @@ They take turns, block by block, in an order that alternates from round to round
 through the base model. No two prompts are alike, so that no side finds the other's in vLLM's prefix cache.
 
 A reply's time for each token is that from its first to its last, over their number less one. Intervals (95 %) are bootstrapped over
-rounds, and over the replies in them. Where client, proxy and vLLM share a few cores, what CLaaS computes is taken from vLLM: the CPU
-seconds of each, for 1,000 tokens, say how much that is.
+rounds, and over the replies in them.
+
+As with a vLLM that computes on a GPU, what CLaaS computes is not taken from the model: vLLM has all cores but one, and CLaaS and the
+client share the last. `--together` lets all three share all cores. The CPU seconds of each, for 1,000 tokens, say how much that is.
 """
 
 from __future__ import annotations
@@ -227,7 +229,8 @@ def plot(result: dict[str, Any], out: Path) -> None:
         axis.minorticks_off()
         axis.grid(visible=True, alpha=0.3)
     axes[0].legend(frameon=False)
-    figure.suptitle(f"vLLM through CLaaS against vLLM asked directly ({result['machine']['cpus']} cores for all)")
+    machine = result["machine"]
+    figure.suptitle(f"vLLM through CLaaS against vLLM asked directly ({machine['cpus']} cores, vLLM {machine['vllm']})")
     figure.savefig(out, metadata={"Date": None})
 
 
@@ -236,13 +239,16 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--requests", type=int, default=2, help="requests of a block, but at least one of each client")
     parser.add_argument("--seconds", type=float, default=420.0, help="as many rounds as fit, but at least two")
+    parser.add_argument("--together", action="store_true", help="let vLLM, CLaaS and the client share all cores")
     add_options(parser, "proxy", max_tokens=32)
     args = parser.parse_args()
     how = {"max_tokens": args.max_tokens, "temperature": args.temperature}
-    with running_stack(args.vllm_url, args.base_model) as stack:
+    cores = machine()
+    with running_stack(args.vllm_url, args.base_model, apart=not args.together) as stack:
         rows = asyncio.run(measure(stack, args.concurrency, args.requests, args.seconds, how))
-        sharing = list(stack.cpu_seconds())
-    result = {"machine": machine() | {"cores_shared_by": sharing}, "request": how, "rows": rows}
+        started = args.vllm_url is None
+    cores |= {"vllm": "elsewhere" if not started else "on the same cores" if args.together else "on all cores but one"}
+    result = {"machine": cores, "request": how, "rows": rows}
     say(rows)
     write(result, args.out)
     plot(result, args.out.with_suffix(".svg"))

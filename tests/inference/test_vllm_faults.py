@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from claas.core.settings import Settings
 from claas.core.types import LoraRuntimeRef, RoomPlan
 from claas.inference.vllm import VllmInference
 from claas.inference.vllm_control import DeviceMemory
+from claas.inference.vllm_http import probed_socket
 from claas.models.base_model import LoadedModel
 from tests.doubles.http import Answering, handled_by
 from tests.doubles.vllm_script import voices
@@ -183,3 +185,8 @@ async def test_something_else_that_answers_there_is_no_vllm(models: Any, tiny_mo
             await backend.stream(ask())
         assert (await backend.health()).status == "unhealthy"
         await backend.aclose()
+
+
+def test_a_machine_that_is_gone_is_noticed_in_the_middle_of_an_answer() -> None:
+    with probed_socket((socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("127.0.0.1", 0))) as made:
+        assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) != 0
