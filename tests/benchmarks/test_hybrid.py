@@ -84,8 +84,8 @@ def test_the_summary_keeps_waiting_at_the_gate_apart() -> None:
 
 
 def test_a_lesson_that_was_tried_twice_says_so() -> None:
-    answers = [{"distill_result": {"metadata": {"first_try": why}}} for why in (None, "it was a loop")]
-    updates = [update(10.0 * (1 + n), SLEPT, **answer) for n, answer in enumerate(answers)]
+    said = [{"metadata": {"first_try": why}} for why in (None, "it was a loop")]
+    updates = [update(10.0 * (1 + n), SLEPT, distill_result=result) for n, result in enumerate(said)]
     assert [told["tries"] for told in summarise([], updates, began=0.0, over=50.0)["updates"]] == [1, 2]
 
 
