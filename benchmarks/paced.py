@@ -16,6 +16,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from claas.core.settings import load_settings
+from claas.models.default_model import default_model
 from tests.doubles.vllm_script import Asked, Said
 from tests.doubles.vllm_server import VllmDouble
 
@@ -32,16 +34,17 @@ def running_paced(model_dir: Path, step_ms: float) -> Iterator[str]:
     command = [sys.executable, "-m", "benchmarks.paced", "--step-ms", str(step_ms), "--base-model", str(model_dir)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        yield process.stdout.readline().strip()
-        process.communicate()
+        url = process.stdout.readline().strip()
+        assert url, "the stand-in did not start"
+        yield url
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step-ms", type=float, required=True)
-    parser.add_argument("--base-model", type=Path, required=True)
+    parser.add_argument("--base-model", type=Path, help="folder of the model whose tokenizer it has; default: the embedded one")
     args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(args.base_model)
+    tokenizer = AutoTokenizer.from_pretrained(args.base_model or default_model(load_settings().cache_dir))
     with VllmDouble(tokenizer, script=say_much, step_s=args.step_ms / 1000, max_model_len=8 * LONGEST, max_num_seqs=256) as server:
         print(server.url, flush=True)
         sys.stdin.read()

@@ -9,14 +9,13 @@ through the base model. No two prompts are alike, so that no side finds the othe
 
 Clients pause for a random moment between two replies, of up to 0.1 s that does not count, so that they are in step neither with each other
 nor with vLLM. A reply's time for each token is that from its first to its last, over their number less one. Throughput is that of clients
-who always wait for a reply. Intervals (95 %) are bootstrapped over
-rounds, and over the replies in them.
+who always wait for a reply. Intervals (95 %) are bootstrapped over rounds, and over the replies in them.
 
 As with a vLLM that computes on a GPU, what CLaaS computes is not taken from the model: vLLM has all cores but one, and CLaaS and the
 client share the last. `--together` lets all three share all cores. The CPU seconds of each, for 1,000 tokens, say how much that is.
 
 A CPU that computes a model takes a little longer or shorter each time, by more than CLaaS adds. With `--step-ms 20` a stand-in that only
-speaks vLLM's protocol takes its place and gives each stream a token in that time: what remains is CLaaS's own part, of many more rounds.
+speaks vLLM's protocol takes its place and gives each stream a token in that time: what remains is CLaaS's own part.
 """
 
 from __future__ import annotations
@@ -263,12 +262,13 @@ def main() -> None:
     parser.add_argument("--together", action="store_true", help="let vLLM, CLaaS and the client share all cores")
     add_options(parser, "proxy", max_tokens=32)
     args = parser.parse_args()
+    if args.vllm_url and args.step_ms is not None:
+        parser.error("--step-ms starts a stand-in, and --vllm-url names who runs already: give one of them")
     how = {"max_tokens": args.max_tokens, "temperature": args.temperature}
     cores = machine()
     with running_stack(args.vllm_url, args.base_model, apart=not args.together, step_ms=args.step_ms) as stack:
         rows = asyncio.run(measure(stack, args.concurrency, args.requests, args.seconds, how))
-        started = args.vllm_url is None
-    place = "elsewhere" if not started else "on the same cores" if args.together else "on all cores but one"
+    place = "elsewhere" if args.vllm_url else "on the same cores" if args.together else "on all cores but one"
     cores |= {"vllm": place if args.step_ms is None else f"a stand-in, {args.step_ms:g} ms a token, {place}"}
     result = {"machine": cores, "request": how, "rows": rows}
     say(rows)

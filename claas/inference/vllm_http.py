@@ -46,7 +46,7 @@ class VllmHttp:
         self._base_url = base_url.rstrip("/")
         self._session = aiohttp.ClientSession(
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, socket_factory=probed_socket),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, socket_factory=_probed_socket),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,  # a proxy of the environment must not see prompts
@@ -96,7 +96,7 @@ class VllmHttp:
             raise error_of(response.status, await _content_of(response))
 
 
-def probed_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+def _probed_socket(address: aiohttp.AddrInfoType) -> socket.socket:
     """A socket that finds out when the other machine is gone, however long an answer takes."""
     family, kind, protocol, *_ = address
     made = socket.socket(family, kind, protocol)
