@@ -221,7 +221,7 @@ def summarise(replies: Sequence[Reply], updates: Sequence[Update], began: float,
                 "version": update.answer.get("version"),
                 "seconds": round(update.ended - update.began, 3),
                 "phase_s": update.timing_s,
-                "tries": 1 + ("first_try" in update.answer.get("distill_result", {}).get("metadata", {})),
+                "tries": 1 + (update.answer.get("distill_result", {}).get("metadata", {}).get("first_try") is not None),
                 "longest_silence_s": round(longest_silence(replies, (update.began, update.ended)), 3),
                 "began_s": round(update.began - began, 3),
             }

@@ -7,9 +7,15 @@
 They take turns, block by block, in an order that alternates from round to round; both speak through the same LoRA adapter, then both
 through the base model. No two prompts are alike, so that no side finds the other's in vLLM's prefix cache.
 
-A reply's time for each token is that from its first to its last, over their number less one. Intervals (95 %) are bootstrapped over
-rounds, and over the replies in them. Where client, proxy and vLLM share a few cores, what CLaaS computes is taken from vLLM: the CPU
-seconds of each, for 1,000 tokens, say how much that is.
+Clients pause for a random moment between two replies, of up to 0.1 s that does not count, so that they are in step neither with each other
+nor with vLLM. A reply's time for each token is that from its first to its last, over their number less one. Throughput is that of clients
+who always wait for a reply. Intervals (95 %) are bootstrapped over rounds, and over the replies in them.
+
+As with a vLLM that computes on a GPU, what CLaaS computes is not taken from the model: vLLM has all cores but one, and CLaaS and the
+client share the last. `--together` lets all three share all cores. The CPU seconds of each, for 1,000 tokens, say how much that is.
+
+A CPU that computes a model takes a little longer or shorter each time, by more than CLaaS adds. With `--step-ms 20` a stand-in that only
+speaks vLLM's protocol takes its place and gives each stream a token in that time: what remains is CLaaS's own part.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +34,7 @@ from typing import Any, Literal
 import httpx
 import numpy as np
 
-from benchmarks.stack import Reply, Stack, add_options, ask, machine, read, running_stack, write
+from benchmarks.stack import Reply, Sent, Stack, add_options, ask, machine, read, running_stack, write
 
 Side = Literal["direct", "claas"]
 SIDES: tuple[Side, ...] = ("direct", "claas")
@@ -35,6 +42,7 @@ ADAPTER = "assistant"
 COLOURS = {"adapter": "#0969da", "base": "#8c959f"}
 DRAWS = 1000
 WARM_TOKENS = 8
+LONGEST_PAUSE_S = 0.1
 LEAST_ROUNDS = 2
 
 
@@ -67,7 +75,10 @@ AIMS = (
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some clients that asked at the same time, each a few times. `cpu_s` is what each process computed meanwhile."""
+    """Some clients that asked at the same time, each a few times. `seconds` is how long each waited for its replies, on average.
+
+    `cpu_s` is what each process computed meanwhile.
+    """
 
     replies: tuple[Reply, ...]
     seconds: float
@@ -81,18 +92,28 @@ class Block:
 async def run_block(stack: Stack, side: Side, model: str, prompts: Iterator[str], clients: int, each: int, how: dict[str, Any]) -> Block:
     """`clients` clients, each asking `each` times in a row, on connections of their own."""
     url = stack.vllm_url if side == "direct" else stack.service.url
+    pauses = random.Random(0)
+    waited = 0.0
     async with httpx.AsyncClient(base_url=url, timeout=600.0, verify=False, trust_env=False) as http:
 
-        async def client() -> list[Any]:
-            return [await ask(http, model, next(prompts), **how) for _ in range(each)]
+        async def ask_once() -> Sent:
+            nonlocal waited
+            await asyncio.sleep(pauses.uniform(0.0, LONGEST_PAUSE_S))
+            began = time.perf_counter()
+            sent = await ask(http, model, next(prompts), **how)
+            waited += time.perf_counter() - began
+            return sent
 
-        cpu, began = stack.cpu_seconds(), time.perf_counter()
+        async def client() -> list[Sent]:
+            return [await ask_once() for _ in range(each)]
+
+        cpu = stack.cpu_seconds()
         sent = await asyncio.gather(*(client() for _ in range(clients)))
-        seconds, cpu_after = time.perf_counter() - began, stack.cpu_seconds()
+        cpu_after = stack.cpu_seconds()
     replies = tuple(map(read, itertools.chain.from_iterable(sent)))
     if failures := [reply.failure for reply in replies if reply.failure is not None or not reply.stamps]:
         raise RuntimeError(f"{side}: {len(failures)} of {len(replies)} requests failed, the first with: {failures[0]}")
-    return Block(replies, seconds, {name: cpu_after[name] - cpu[name] for name in cpu})
+    return Block(replies, waited / clients, {name: cpu_after[name] - cpu[name] for name in cpu})
 
 
 def figures(replies: Sequence[Reply], tokens: int, seconds: float) -> dict[str, float]:
@@ -227,7 +248,8 @@ def plot(result: dict[str, Any], out: Path) -> None:
         axis.minorticks_off()
         axis.grid(visible=True, alpha=0.3)
     axes[0].legend(frameon=False)
-    figure.suptitle(f"vLLM through CLaaS against vLLM asked directly ({result['machine']['cpus']} cores for all)")
+    machine = result["machine"]
+    figure.suptitle(f"vLLM through CLaaS against vLLM asked directly ({machine['cpus']} cores, vLLM {machine['vllm']})")
     figure.savefig(out, metadata={"Date": None})
 
 
@@ -236,13 +258,19 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--requests", type=int, default=2, help="requests of a block, but at least one of each client")
     parser.add_argument("--seconds", type=float, default=420.0, help="as many rounds as fit, but at least two")
+    parser.add_argument("--step-ms", type=float, help="instead of vLLM a stand-in, which gives each stream a token in that time")
+    parser.add_argument("--together", action="store_true", help="let vLLM, CLaaS and the client share all cores")
     add_options(parser, "proxy", max_tokens=32)
     args = parser.parse_args()
+    if args.vllm_url and args.step_ms is not None:
+        parser.error("--step-ms starts a stand-in, and --vllm-url names who runs already: give one of them")
     how = {"max_tokens": args.max_tokens, "temperature": args.temperature}
-    with running_stack(args.vllm_url, args.base_model) as stack:
+    cores = machine()
+    with running_stack(args.vllm_url, args.base_model, apart=not args.together, step_ms=args.step_ms) as stack:
         rows = asyncio.run(measure(stack, args.concurrency, args.requests, args.seconds, how))
-        sharing = list(stack.cpu_seconds())
-    result = {"machine": machine() | {"cores_shared_by": sharing}, "request": how, "rows": rows}
+    place = "elsewhere" if args.vllm_url else "on the same cores" if args.together else "on all cores but one"
+    cores |= {"vllm": place if args.step_ms is None else f"a stand-in, {args.step_ms:g} ms a token, {place}"}
+    result = {"machine": cores, "request": how, "rows": rows}
     say(rows)
     write(result, args.out)
     plot(result, args.out.with_suffix(".svg"))

@@ -13,7 +13,7 @@ import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import httpx
 import numpy as np
 import psutil
 
+from benchmarks.paced import running_paced
 from claas.core.settings import load_settings
 from claas.models.default_model import default_model
 from tests.integration.process import Service, running
@@ -53,16 +54,46 @@ class Stack:
 
 
 @contextmanager
-def running_stack(vllm_url: str | None, base_model: Path | None, **environment: str) -> Iterator[Stack]:
-    """Start both, or the service alone in front of the vLLM at `vllm_url`; what was started is ended on leaving."""
+def on_cores(cores: Sequence[int]) -> Iterator[None]:
+    """This process, and those that it starts meanwhile, compute on these cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def running_real(python: Path, model_dir: Path, log: Path) -> Iterator[str]:
+    """The URL of a vLLM, its CPU build."""
+    vllm = RealVllm(python, model_dir, log)
+    try:
+        vllm.start()
+        yield vllm.url
+    finally:
+        vllm.stop()
+
+
+@contextmanager
+def running_stack(
+    vllm_url: str | None, base_model: Path | None, *, apart: bool = False, step_ms: float | None = None, **environment: str
+) -> Iterator[Stack]:
+    """Start both, or the service alone in front of the vLLM at `vllm_url`; what was started is ended on leaving.
+
+    With `apart` a vLLM that is started has all cores but one to itself, and the service and the client share that one. With `step_ms` a
+    stand-in is started instead of it, which gives each stream a token in that time.
+    """
     python = Path(os.environ.pop("CLAAS_TEST_VLLM_PYTHON", "") or ROOT / ".venv-vllm" / "bin" / "python")
+    *most, last = sorted(os.sched_getaffinity(0))
     with ExitStack() as ending:
         folder = Path(ending.enter_context(tempfile.TemporaryDirectory()))
         if vllm_url is None:
-            vllm = RealVllm(python, base_model or default_model(load_settings().cache_dir), folder / "vllm.log")
-            ending.callback(vllm.stop)
-            vllm.start()
-            vllm_url = vllm.url
+            model_dir = base_model or default_model(load_settings().cache_dir)
+            vllm = running_real(python, model_dir, folder / "vllm.log") if step_ms is None else running_paced(model_dir, step_ms)
+            with on_cores(most) if apart and most else nullcontext():
+                vllm_url = ending.enter_context(vllm)
+            ending.enter_context(on_cores([last]) if apart else nullcontext())
         service = ending.enter_context(running(folder / "data", base_model=base_model, VLLM_BASE_URL=vllm_url, **environment))
         yield Stack(service, vllm_url, _listener(vllm_url))
 

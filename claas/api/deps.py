@@ -15,7 +15,7 @@ def services_of(app: FastAPI) -> Services:
     return services
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:  # were it not async, each request would wait for a thread
     return services_of(request.app)
 
 

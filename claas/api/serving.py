@@ -201,6 +201,8 @@ def _constrained(request: GenerationRequest) -> bool:
 
 async def _all_or_none(starts: Sequence[Coroutine[Any, Any, Reply]]) -> list[Reply]:
     """All at once. If one fails, or this is cancelled, the others are stopped before that is raised."""
+    if len(starts) == 1:
+        return [await starts[0]]
     tasks = [asyncio.create_task(start) for start in starts]
     try:
         return await asyncio.gather(*tasks)

@@ -175,7 +175,7 @@ class VllmInference(InferenceBackend):
         if (found := re.match(r"(\d+)\.(\d+)", version)) and tuple(map(int, found.groups())) < LEAST_VERSION:
             raise ConfigurationError(f"vLLM {version} is too old: CLaaS needs {'.'.join(map(str, LEAST_VERSION))} or newer")
         cards = (await self._http.ask("GET", "/v1/models"))["data"]
-        card = [card for card in cards if card["parent"] is None][0]  # noqa: RUF015 - StopIteration cannot leave a coroutine
+        card, *_ = (card for card in cards if card["parent"] is None)
         self._base_model, self._max_context = card["id"], card["max_model_len"]
         body = {"model": self._base_model, "prompt": SPECIMEN, "add_special_tokens": False}
         theirs = (await self._http.ask("POST", "/tokenize", body))["tokens"]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -84,6 +85,8 @@ class VllmControl:
         self._gate_timeout_s = gate_timeout_s
         self._adapters = adapters
         self._look = look
+        self._too_little = math.inf
+        """The least need that freeing the KV cache alone did not meet, of the vLLM that runs now."""
         self._closing = False
         self._device = asyncio.Lock()
         self._changed = asyncio.Condition()
@@ -167,6 +170,7 @@ class VllmControl:
                     "vLLM has no control endpoints: start it with VLLM_SERVER_DEV_MODE=1, on loopback or a private network, or never let "
                     "it make room for a step (CLAAS_VLLM_RELEASE=none)"
                 ) from None
+        self._too_little = math.inf
         await self._become("serving")
 
     def _keep_looking(self) -> None:
@@ -194,11 +198,16 @@ class VllmControl:
         async with self._device:
             room = Room()
             try:
-                await self._make(room, RELEASES[self._policy] if plan.sleep_before else ())
+                await self._make(room, self._releases() if plan.sleep_before else ())
                 yield room
             finally:
                 if self.state not in ("serving", "down"):
                     await _to_its_end(self._give_back(room))
+
+    def _releases(self) -> tuple[Release, ...]:
+        """What to try, the least first; what was too little for as much before is left out."""
+        releases = RELEASES[self._policy]
+        return releases[-1:] if self._memory.needed() >= self._too_little else releases
 
     async def _make(self, room: Room, releases: tuple[Release, ...]) -> None:
         enough = self._memory.enough()
@@ -219,6 +228,8 @@ class VllmControl:
             if await self._settled():
                 await self._become("training")
                 return
+            if release == "kv_release":
+                self._too_little = min(self._too_little, self._memory.needed())
         if not releases and enough is not False:
             return
         raise BackendUnavailable(

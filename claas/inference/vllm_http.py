@@ -10,16 +10,18 @@ import asyncio
 import json
 import logging
 import re
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-import httpx
+import aiohttp
 
 from claas.core.errors import BackendUnavailable, ClaasError, ContextOverflow, NotFound, Overloaded, UpstreamRefused
 
 CONNECT_TIMEOUT_S = 5.0
 KEEPALIVE_S = 3.0  # shorter than the server's own, so that it never closes a connection that is about to be used
+PROBE_AFTER_S, PROBES = 15, 4  # of TCP, where nothing comes: a machine that is gone says no goodbye
 RETRY_AFTER_S = 5
 TRIES_S = (0.1, 0.4)
 
@@ -41,11 +43,12 @@ class VllmHttp:
     """One vLLM. Make it on the event loop that will use it."""
 
     def __init__(self, base_url: str, api_key: str | None) -> None:
-        self._client = httpx.AsyncClient(
-            base_url=base_url,
+        self._base_url = base_url.rstrip("/")
+        self._session = aiohttp.ClientSession(
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=KEEPALIVE_S),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, socket_factory=_probed_socket),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+            cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,  # a proxy of the environment must not see prompts
         )
 
@@ -58,18 +61,11 @@ class VllmHttp:
             VllmDown: no answer.
             NotFound, ContextOverflow, UpstreamRefused, Overloaded, BackendUnavailable: what vLLM answered instead.
         """
-        request = self._client.build_request(method, path, json=body, params=params)
         try:
-            async with asyncio.timeout(timeout_s):
-                response = await self._send(request)
-                try:
-                    content = await response.aread()
-                finally:
-                    await response.aclose()
+            async with asyncio.timeout(timeout_s), await self._send(method, path, body, params) as response:
+                content = await _content_of(response)
         except TimeoutError:
             raise BackendUnavailable(f"vLLM did not answer {path!r} within {timeout_s:g} s", retry_after_s=RETRY_AFTER_S) from None
-        except httpx.TransportError as error:
-            raise _broke_off(error) from error
         try:
             return json.loads(content)
         except ValueError:
@@ -78,45 +74,55 @@ class VllmHttp:
     @asynccontextmanager
     async def events(self, path: str, body: object) -> AsyncIterator[AsyncIterator[bytes]]:
         """The data of each server-sent event, as it comes. Leaving the context ends the request there. Raises like `ask`."""
-        response = await self._send(self._client.build_request("POST", path, json=body))
-        try:
+        async with await self._send("POST", path, body) as response:
             yield _data_of_events(response)
-        finally:
-            await response.aclose()
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        await self._session.close()
 
-    async def _send(self, request: httpx.Request) -> httpx.Response:
+    async def _send(self, method: str, path: str, body: object, params: Mapping[str, str] | None = None) -> aiohttp.ClientResponse:
         """The response, its body not read yet, if it is a success."""
         for wait_s in (*TRIES_S, None):
             try:
-                response = await self._client.send(request, stream=True)
+                response = await self._session.request(method, self._base_url + path, json=body, params=params, allow_redirects=False)
                 break
-            except httpx.TransportError as error:
+            except aiohttp.ClientError as error:
                 if wait_s is None:
                     raise VllmDown("vLLM does not answer: it is starting, stopped, or somewhere else than VLLM_BASE_URL says") from error
                 await asyncio.sleep(wait_s)
-        if response.status_code < 400:
+        if response.status < 400:
             return response
-        try:
-            content = await response.aread()
-        except httpx.TransportError as error:
-            raise _broke_off(error) from error
-        finally:
-            await response.aclose()
-        raise error_of(response.status_code, content)
+        async with response:
+            raise error_of(response.status, await _content_of(response))
 
 
-async def _data_of_events(response: httpx.Response) -> AsyncIterator[bytes]:
+def _probed_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """A socket that finds out when the other machine is gone, however long an answer takes."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", PROBE_AFTER_S), ("TCP_KEEPINTVL", PROBE_AFTER_S), ("TCP_KEEPCNT", PROBES)):
+        if hasattr(socket, option):  # each system has its own
+            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return made
+
+
+async def _content_of(response: aiohttp.ClientResponse) -> bytes:
+    try:
+        return await response.read()
+    except aiohttp.ClientError as error:
+        raise _broke_off(error) from error
+
+
+async def _data_of_events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     rest = b""
     try:
-        async for piece in response.aiter_raw():
+        async for piece in response.content.iter_any():
             *events, rest = (rest + piece).split(b"\n\n")
             for event in events:
                 if event.startswith(b"data: "):
                     yield event[6:]
-    except (httpx.TransportError, httpx.StreamError) as error:
+    except aiohttp.ClientError as error:
         raise _broke_off(error) from error
 
 

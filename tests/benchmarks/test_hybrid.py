@@ -83,6 +83,12 @@ def test_the_summary_keeps_waiting_at_the_gate_apart() -> None:
     assert ["distill", 4.25, 7.25] in late["phases"], "all is told from the beginning on"
 
 
+def test_a_lesson_that_was_tried_twice_says_so() -> None:
+    said = [{"metadata": {"first_try": why}} for why in (None, "it was a loop")]
+    updates = [update(10.0 * (1 + n), SLEPT, distill_result=result) for n, result in enumerate(said)]
+    assert [told["tries"] for told in summarise([], updates, began=0.0, over=50.0)["updates"]] == [1, 2]
+
+
 def test_feedback_goes_to_the_newest_reply_that_ended_by_itself_rather_of_a_lesson_not_taught() -> None:
     dog, bye = LESSONS[1].prompts[0], LESSONS[3].prompts[0]
     replies = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import signal
 import socket
@@ -141,7 +142,9 @@ def test_what_opening_raises_reaches_the_caller(tmp_path: Path) -> None:
 
 
 def test_in_background_is_gone_afterwards(tmp_path: Path) -> None:
+    gc.unfreeze()
     with running(tmp_path) as live, Client(live.url, KEY) as client:
+        assert gc.get_freeze_count() > 0
         port = int(live.url.rsplit(":", 1)[1])
         assert client.health()["status"] == "healthy"
         with pytest.raises(ConfigurationError):

@@ -14,6 +14,7 @@ from claas.core.errors import BackendUnavailable
 from claas.core.types import RoomPlan
 from claas.inference.base import Room
 from claas.inference.vllm import VllmInference
+from claas.inference.vllm_control import DeviceMemory
 from claas.models.base_model import LoadedModel
 from tests.doubles.vllm_engine import GIB, Memory
 from tests.doubles.vllm_script import voices
@@ -68,6 +69,20 @@ async def test_each_policy_takes_as_much_as_it_must(
         assert set(room.seconds) == ({"drain", "sleep", "wake"} if calls else set())
         assert not double.engine.is_sleeping and double.engine.gauge == "awake"
         assert (await backend.complete(ask())).tokens
+
+
+async def test_what_was_too_little_is_not_tried_again(double: VllmDouble, tiny_model: LoadedModel, tmp_path: Path) -> None:
+    needs = [20]
+    memory = DeviceMemory(lambda: needs[0] * GIB, lambda: double.engine.free_bytes)
+    async with serving(double, tmp_path, tiny_model.tokenizer, memory, vllm_release="auto") as backend:
+        tried = []
+        for needs[0] in (20, 22, 7):
+            double.calls.clear()
+            async with updating(backend):
+                assert double.engine.free_bytes >= needs[0] * GIB
+            tried.append([call for call in double.control_calls() if call.startswith(("/release", "/sleep"))])
+    kv, sleep = "/release_kv_cache_memory", "/sleep level=1 mode=wait"
+    assert tried == [[kv, sleep], [sleep], [kv]]
 
 
 async def test_a_new_version_is_loaded_between_the_weights_and_the_kv_cache(

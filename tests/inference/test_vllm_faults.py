@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
+import stat
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -16,6 +20,7 @@ from claas.core.settings import Settings
 from claas.core.types import LoraRuntimeRef, RoomPlan
 from claas.inference.vllm import VllmInference
 from claas.inference.vllm_control import DeviceMemory
+from claas.inference.vllm_http import VllmHttp
 from claas.models.base_model import LoadedModel
 from tests.doubles.http import Answering, handled_by
 from tests.doubles.vllm_script import voices
@@ -183,3 +188,41 @@ async def test_something_else_that_answers_there_is_no_vllm(models: Any, tiny_mo
             await backend.stream(ask())
         assert (await backend.health()).status == "unhealthy"
         await backend.aclose()
+
+
+async def test_connections_are_probed_while_nothing_comes() -> None:
+    """So a machine that is gone is noticed, in the middle of an answer too, within about a minute."""
+
+    class Handler(Answering):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.answer(200, b"{}")
+
+    with handled_by(Handler) as url:
+        vllm = VllmHttp(url, None)
+        assert await vllm.ask("GET", "/health") == {}
+        (fd,) = connections_to(int(url.rpartition(":")[2]))
+        with socket.socket(fileno=os.dup(fd)) as connection:
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) != 0
+            if sys.platform == "linux":
+                after, every, most = (
+                    connection.getsockopt(socket.IPPROTO_TCP, option)
+                    for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+                )
+                assert after + every * most <= 90
+        await vllm.aclose()
+
+
+def connections_to(port: int) -> list[int]:
+    """This process's connections to the port of this machine, as file descriptors."""
+    return [fd for entry in Path("/dev/fd").iterdir() if peer_of(fd := int(entry.name)) == ("127.0.0.1", port)]
+
+
+def peer_of(fd: int) -> Any:
+    """Whom a descriptor is connected to, if it is a socket that is."""
+    with suppress(OSError):
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            with socket.socket(fileno=os.dup(fd)) as copy:
+                return copy.getpeername()
+    return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from claas.adapters.archive import import_zip
 from claas.adapters.export import export_zip
@@ -27,6 +29,8 @@ from claas.models.base_model import LoadedModel
 from claas.training.defaults import default_lora, default_training
 from claas.training.engine.base import TrainingEngine
 
+T = TypeVar("T")
+
 
 class StoredEngine(TrainingEngine):
     """Everything of a TrainingEngine but training."""
@@ -35,12 +39,15 @@ class StoredEngine(TrainingEngine):
         self._store = store
         self._base = base
         self._allowed = allowed_base_models or (base.id,)
+        self._latest: dict[str, LoraRuntimeRef] = {}
+        self._moves = 0
+        self._moving = threading.Lock()
 
     def default_training(self) -> TrainingConfig:
         return default_training(self._base.n_params)
 
     async def promote(self, lora_id: str, version: int) -> None:
-        await asyncio.to_thread(self._store.set_latest, lora_id, version)
+        await asyncio.to_thread(self._move, lora_id, lambda: self._store.set_latest(lora_id, version))
 
     async def discard(self, lora_id: str, version: int) -> None:
         await asyncio.to_thread(self._store.discard, lora_id, version)
@@ -81,7 +88,7 @@ class StoredEngine(TrainingEngine):
         try:
             with self._store.stage(AdapterVersion(lora_id=lora_id, version=0, base_model=self._base.id)) as staging:
                 fill(staging.path)
-            self._store.set_latest(lora_id, staging.version)
+            self._move(lora_id, lambda: self._store.set_latest(lora_id, staging.version))
         except BaseException:
             self._store.delete(lora_id)
             raise
@@ -99,15 +106,33 @@ class StoredEngine(TrainingEngine):
         return await asyncio.to_thread(export)
 
     async def delete_lora(self, lora_id: str) -> LoraDeleteResponse:
-        return LoraDeleteResponse(deleted=await asyncio.to_thread(self._store.delete, lora_id))
+        return LoraDeleteResponse(deleted=await asyncio.to_thread(self._move, lora_id, lambda: self._store.delete(lora_id)))
 
     async def lora_exists(self, lora_id: str) -> LoraExistsPayload:
         return LoraExistsPayload(exists=await asyncio.to_thread(self._store.exists, lora_id))
 
     async def lora_runtime_ref(self, lora_id: str, version: int | None = None) -> LoraRuntimeRef:
+        """Every request to an adapter asks for its latest version: it is remembered until it moves, and costs no thread and no file."""
+
         def ref() -> LoraRuntimeRef:
             number = self._store.latest(lora_id) if version is None else version
             path = self._store.path(lora_id, number)
             return LoraRuntimeRef(lora_id=lora_id, version=number, vllm_name=vllm_name(lora_id, number), lora_path=str(path))
 
-        return await asyncio.to_thread(ref)
+        if version is None and lora_id in self._latest:
+            return self._latest[lora_id]
+        moves = self._moves
+        found = await asyncio.to_thread(ref)
+        with self._moving:
+            if version is None and moves == self._moves:  # else it may be the one before
+                self._latest[lora_id] = found
+        return found
+
+    def _move(self, lora_id: str, work: Callable[[], T]) -> T:
+        """`work` changes which version is the latest. In its own thread, so that it is known even if nobody waits for it any more."""
+        try:
+            return work()
+        finally:
+            with self._moving:
+                self._moves += 1
+                self._latest.pop(lora_id, None)
