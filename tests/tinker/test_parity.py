@@ -55,7 +55,7 @@ async def locally(model: LoadedModel, folder: Path, source: SampleSource) -> tup
     store = FilesystemAdapterStore(folder, keep_versions=3)
     engine = LocalEngine(store, model, ComputeShare(1))
     try:
-        await engine.init_lora(LoraInitRequest(lora_id=A, lora_r=RANK, lora_alpha=ALPHA))
+        await engine.init_lora(LoraInitRequest(lora_id=A, lora_r=RANK, lora_alpha=int(ALPHA)))
         report = StepReport.model_validate((await engine.distill(lesson(model, source))).metadata)
         assert report.outcome == "applied", report.reason
         before, moments = load_file(store.path(A, 0) / WEIGHTS), load_file(store.path(A, 1) / OPTIMIZER)
