@@ -64,7 +64,7 @@ class TinkerServer:
     ) -> None:
         self._base_url = base_url
         self._api_key = api_key
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._patience_s = patience_s
         self._prices = prices or {}
         self._http = httpx.AsyncClient(base_url=base_url, headers={"X-API-Key": api_key}, timeout=SIGN_OF_LIFE_S)
@@ -119,7 +119,8 @@ class TinkerServer:
             await self._http.post("/api/v1/unload_model", json={"model_id": run.id, "type": "unload_model"})
         except httpx.HTTPError as error:
             log.info("run %s was not unloaded (%s)", run.id, type(error).__name__)
-        run.service.holder.close()
+        finally:
+            run.service.holder.close()
 
     # --- requests ---
 
@@ -178,7 +179,7 @@ class TinkerServer:
         except UpstreamRefused:  # some servers know it by its last name only
             url = await self.wait(rest.get_checkpoint_archive_url_async(run_id, checkpoint.rpartition("/")[2]))
         try:
-            async with httpx.AsyncClient(timeout=self._timeout_s) as elsewhere:  # which is shown no key: the address is signed
+            async with httpx.AsyncClient(timeout=self.timeout_s) as elsewhere:  # which is shown no key: the address is signed
                 return (await elsewhere.get(url.url)).raise_for_status().content
         except httpx.HTTPError as error:
             raise BackendUnavailable("the Tinker server's archive of this version cannot be fetched: try again later") from error
@@ -258,8 +259,8 @@ class TinkerServer:
                     heard = time.monotonic()
                 elif time.monotonic() - heard > self._patience_s:
                     raise BackendUnavailable(DOWN, retry_after_s=RETRY_AFTER_S)
-                if time.monotonic() - began > self._timeout_s:
-                    raise BackendUnavailable(f"the Tinker server has not answered for {self._timeout_s:g} s: try again later")
+                if time.monotonic() - began > self.timeout_s:
+                    raise BackendUnavailable(f"the Tinker server has not answered for {self.timeout_s:g} s: try again later")
             return task.result()
         except ClaasError:
             raise
