@@ -168,7 +168,7 @@ async def _tinker(settings: Settings, database: Database, stack: AsyncExitStack)
     )
     for line in await engine.recover():
         log.warning("%s", line)
-    return engine, TinkerInference(server, runs, model, max_queue=settings.max_queue, top_k=settings.tinker_top_k), model.id
+    return engine, TinkerInference(server, runs, adapters, model, max_queue=settings.max_queue, top_k=settings.tinker_top_k), model.id
 
 
 async def _begin(services: Services) -> None:

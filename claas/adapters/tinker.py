@@ -7,17 +7,20 @@ of it is on the server, so that what a crash leaves there can be found.
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, JsonValue, ValidationError
 from sqlalchemy import delete, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from claas.core.adapter_id import parse_adapter_id
 from claas.core.errors import BadRequest, ConfigurationError, Conflict, NotFound
 from claas.core.types import AdapterVersion, Frozen
+from claas.core.usage import TokenUse, metered
 from claas.storage.database import Database
 from claas.storage.models import TinkerAdapterRow, TinkerVersionRow
 
@@ -172,6 +175,23 @@ class TinkerAdapters:
 
         return await self._database.run(write)
 
+    @asynccontextmanager
+    async def charged(self, lora_id: str) -> AsyncIterator[None]:
+        """Tokens that the block uses are added to what the adapter has used, whether it ends well or not."""
+        with metered() as usage:
+            try:
+                yield
+            finally:
+                if usage.tokens:
+                    added = {column: column + usage.tokens.get(use, 0) for use, column in _USED.items()}
+                    query = update(TinkerAdapterRow).where(TinkerAdapterRow.lora_id == lora_id).values(added)
+                    await self._database.run(lambda session: session.execute(query))
+
+    async def used(self, lora_id: str) -> dict[TokenUse, int]:
+        """Tokens that the adapter's chats and lessons have used so far. Raises NotFound."""
+        row = await self._database.run(lambda session: _adapter_row(session, lora_id))
+        return {use: row.__dict__[column.key] for use, column in _USED.items()}
+
     async def unfinished(self) -> list[tuple[str, str, int]]:
         """(run id, adapter, number) of every version that was being saved when the service stopped; forgets them."""
 
@@ -227,6 +247,12 @@ async def import_state_file(adapters: TinkerAdapters, path: Path, base_model: st
 
 
 # --- Rows ---
+
+_USED: dict[TokenUse, InstrumentedAttribute[int]] = {
+    "sampled": TinkerAdapterRow.sampled_tokens,
+    "scored": TinkerAdapterRow.scored_tokens,
+    "trained": TinkerAdapterRow.trained_tokens,
+}
 
 
 def _adapter_row(session: Session, lora_id: str) -> TinkerAdapterRow:

@@ -25,8 +25,8 @@ class Usage:
         self.price = None if price is None or self.price is None else self.price + tokens * price / PER
 
     def told(self) -> dict[str, Any]:
-        """`usage`, for a record; nothing if nothing was counted."""
-        return {"usage": {**{f"{use}_tokens": n for use, n in self.tokens.items()}, "price": self.price}} if self.tokens else {}
+        """For a record."""
+        return {**{f"{use}_tokens": n for use, n in self.tokens.items()}, "price": self.price}
 
 
 _meters: ContextVar[tuple[Usage, ...]] = ContextVar("meters", default=())

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from typing import Literal, TypeVar
 
 import tinker
 from pydantic import JsonValue
 from tinker import types
 
+from claas.adapters.tinker import TinkerAdapters
 from claas.core.errors import BackendUnavailable, BadRequest, ContextOverflow, Overloaded, UpstreamRefused
 from claas.core.types import FinishReason, LoraRuntimeRef, RoomPlan, SamplingParams, ServiceHealth
 from claas.inference.base import GenerationChunk, GenerationRequest, InferenceBackend, Room, SampledToken, Score, TokenStream
@@ -35,9 +36,12 @@ class TinkerInference(InferenceBackend):
 
     kind: Literal["tinker"] = "tinker"
 
-    def __init__(self, server: TinkerServer, runs: TinkerRuns, model: TinkerModel, *, max_queue: int, top_k: int) -> None:
+    def __init__(
+        self, server: TinkerServer, runs: TinkerRuns, adapters: TinkerAdapters, model: TinkerModel, *, max_queue: int, top_k: int
+    ) -> None:
         self._server = server
         self._runs = runs
+        self._adapters = adapters
         self._model = model
         self._max_queue = max_queue
         self._top_k = top_k
@@ -132,13 +136,14 @@ class TinkerInference(InferenceBackend):
         """`work` with the version's sampler, and once more if the server has forgotten it, as one does that was restarted."""
         if self._closing:
             raise BackendUnavailable("the service is closing: try again later")
-        try:
-            async with self._runs.speaking(request.adapter) as sampler:
-                return await work(sampler)
-        except UpstreamRefused:
-            await self._runs.renew(request.adapter)
-            async with self._runs.speaking(request.adapter) as sampler:
-                return await work(sampler)
+        async with self._adapters.charged(request.adapter.lora_id) if request.adapter else nullcontext():
+            try:
+                async with self._runs.speaking(request.adapter) as sampler:
+                    return await work(sampler)
+            except UpstreamRefused:
+                await self._runs.renew(request.adapter)
+                async with self._runs.speaking(request.adapter) as sampler:
+                    return await work(sampler)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         if self._closing:

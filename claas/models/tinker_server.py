@@ -22,7 +22,7 @@ from tinker import types
 from tinker.lib.public_interfaces.rest_client import RestClient
 
 from claas.core.errors import BackendUnavailable, ClaasError, ConfigurationError, Overloaded, UpstreamRefused
-from claas.core.usage import TokenUse, count
+from claas.core.usage import TokenUse, Usage, count
 
 SIGN_OF_LIFE_S = 5.0
 RETRY_AFTER_S = 15
@@ -76,6 +76,14 @@ class TinkerServer:
 
     def count(self, use: TokenUse, tokens: int) -> None:
         count(use, tokens, self._prices.get(use))
+
+    def priced(self, tokens: Mapping[TokenUse, int]) -> Usage:
+        """What so many tokens cost."""
+        usage = Usage()
+        for use, n in tokens.items():
+            if n:
+                usage.add(use, n, self._prices.get(use))
+        return usage
 
     # --- what it is ---
 

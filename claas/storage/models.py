@@ -133,6 +133,9 @@ class TinkerAdapterRow(Base):
     train_mlp: Mapped[bool]
     latest: Mapped[int]
     next_version: Mapped[int]
+    sampled_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
+    scored_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
+    trained_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
 
 
 class TinkerVersionRow(Base):

@@ -95,6 +95,7 @@ class StepReport(Frozen):
     """One lesson's outcome and figures. `version` is the published one, None unless applied.
 
     `contradicts` are the versions whose lessons this one overrules, with what they taught.
+    `adapter_usage` is what the adapter's chats and lessons have used so far, where that is paid for.
     `first_try` says why the lesson was undone once already, when this is a second try with a smaller learning rate.
     """
 
@@ -112,3 +113,4 @@ class StepReport(Frozen):
     retention: Retention
     cost: Cost
     training: dict[str, JsonValue]
+    adapter_usage: dict[str, JsonValue] | None = None

@@ -81,7 +81,7 @@ async def sampling(
             await adapters.create(TinkerAdapter(lora_id="me/a", base_model=model.id, rank=4))
             refs = {number: await _saved(server, connection, adapters, number) for number in (1, 2)}
             described_model = replace(described(model), max_context=max_context)
-            backend = TinkerInference(connection, runs, described_model, max_queue=100, top_k=20)
+            backend = TinkerInference(connection, runs, adapters, described_model, max_queue=100, top_k=20)
             try:
                 yield backend, refs.__getitem__
             finally:

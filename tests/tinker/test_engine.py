@@ -239,7 +239,17 @@ async def test_tokens_are_counted_and_priced(lessons: Lessons) -> None:
     assert usage.price == pytest.approx(sum(PRICES[use] * n for use, n in usage.tokens.items()) / PER)
     with metered() as nothing:
         await lessons.engine.versions(A)
-    assert nothing.told() == {}
+    assert not nothing.tokens
+
+
+async def test_what_an_adapter_has_used_is_summed_up_over_lessons_that_failed_too(lessons: Lessons) -> None:
+    first = (await lessons.engine.distill(lessons.payload())).metadata["adapter_usage"]
+    assert first["price"] == pytest.approx(sum(PRICES[use] * first[f"{use}_tokens"] for use in PRICES) / PER)
+    lessons.server.fail("optim_step", "fail")
+    with pytest.raises(StepFailed):
+        await lessons.teach()
+    used = await lessons.adapters.used(A)
+    assert used["trained"] > first["trained_tokens"] and used["scored"] > first["scored_tokens"]
 
 
 async def test_closing_ends_what_waits_for_the_server(lessons: Lessons) -> None:

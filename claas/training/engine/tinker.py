@@ -107,6 +107,15 @@ class TinkerEngine(TrainingEngine):
         adapter = await self._adapters.adapter(payload.lora_id)
         parent = await self._adapters.version(payload.lora_id, payload.parent)
         samples = await asyncio.to_thread(self._samples, payload, parent.manifest.version)
+        async with self._adapters.charged(payload.lora_id):
+            report = await self._taught(payload, adapter, parent, samples)
+        used = self._server.priced(await self._adapters.used(payload.lora_id))
+        return report.model_copy(update={"adapter_usage": used.told()})
+
+    async def _taught(
+        self, payload: DistillBatchRequestPayload, adapter: TinkerAdapter, parent: TinkerVersion, samples: Sequence[Sample]
+    ) -> StepReport:
+        """The lesson, on a run of its own, which is kept if it is applied."""
         run = await self._runs.begin(adapter, parent.state_path)
         kept = False
         try:

@@ -19,6 +19,9 @@ def upgrade() -> None:
         sa.Column("train_mlp", sa.Boolean, nullable=False),
         sa.Column("latest", sa.Integer, nullable=False),
         sa.Column("next_version", sa.Integer, nullable=False),
+        sa.Column("sampled_tokens", sa.BigInteger, nullable=False),
+        sa.Column("scored_tokens", sa.BigInteger, nullable=False),
+        sa.Column("trained_tokens", sa.BigInteger, nullable=False),
         sa.PrimaryKeyConstraint("lora_id", name="pk_tinker_adapters"),
     )
     op.create_table(
