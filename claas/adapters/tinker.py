@@ -176,13 +176,13 @@ class TinkerAdapters:
         return await self._database.run(write)
 
     @asynccontextmanager
-    async def charged(self, lora_id: str) -> AsyncIterator[None]:
-        """Tokens that the block uses are added to what the adapter has used, whether it ends well or not."""
+    async def charged(self, lora_id: str | None) -> AsyncIterator[None]:
+        """Tokens that the block uses are added to what the adapter, if one is named, has used, whether it ends well or not."""
         with metered() as usage:
             try:
                 yield
             finally:
-                if usage.tokens:
+                if lora_id is not None and usage.tokens:
                     added = {column: column + usage.tokens.get(use, 0) for use, column in _USED.items()}
                     query = update(TinkerAdapterRow).where(TinkerAdapterRow.lora_id == lora_id).values(added)
                     await self._database.run(lambda session: session.execute(query))

@@ -30,6 +30,7 @@ class Usage:
 
 
 _meters: ContextVar[tuple[Usage, ...]] = ContextVar("meters", default=())
+_account: ContextVar[str | None] = ContextVar("account", default=None)
 
 
 @contextmanager
@@ -41,6 +42,21 @@ def metered() -> Iterator[Usage]:
         yield usage
     finally:
         _meters.reset(token)
+
+
+@contextmanager
+def charging(lora_id: str) -> Iterator[None]:
+    """What the block uses is on this adapter's account, whoever speaks in it."""
+    token = _account.set(lora_id)
+    try:
+        yield
+    finally:
+        _account.reset(token)
+
+
+def account() -> str | None:
+    """The adapter that is being charged, if one is."""
+    return _account.get()
 
 
 def count(use: TokenUse, tokens: int, price: float | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Literal, TypeVar
 
 import tinker
@@ -18,6 +18,7 @@ from tinker import types
 from claas.adapters.tinker import TinkerAdapters
 from claas.core.errors import BackendUnavailable, BadRequest, ContextOverflow, Overloaded, UpstreamRefused
 from claas.core.types import FinishReason, LoraRuntimeRef, RoomPlan, SamplingParams, ServiceHealth
+from claas.core.usage import account
 from claas.inference.base import GenerationChunk, GenerationRequest, InferenceBackend, Room, SampledToken, Score, TokenStream
 from claas.inference.detokenize import Detokenizer
 from claas.models.chat_template import encode_reply, render
@@ -136,7 +137,8 @@ class TinkerInference(InferenceBackend):
         """`work` with the version's sampler, and once more if the server has forgotten it, as one does that was restarted."""
         if self._closing:
             raise BackendUnavailable("the service is closing: try again later")
-        async with self._adapters.charged(request.adapter.lora_id) if request.adapter else nullcontext():
+        speaker = request.adapter.lora_id if request.adapter else None
+        async with self._adapters.charged(account() or speaker):
             try:
                 async with self._runs.speaking(request.adapter) as sampler:
                     return await work(sampler)

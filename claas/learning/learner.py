@@ -10,7 +10,7 @@ import asyncio
 from itertools import chain
 
 from claas.core.types import DistillBatchRequestPayload, DistillResponse, LoraRuntimeRef
-from claas.core.usage import metered
+from claas.core.usage import charging, metered
 from claas.inference.base import InferenceBackend
 from claas.learning.hindsight_rollouts import hindsight_rollouts
 from claas.learning.ledger import Ledger
@@ -72,7 +72,7 @@ class Learner:
             async with self._locks.hold(lesson.lora_id):
                 await self._ledger.begin(feedback_ids)
                 parent = await self._engine.lora_runtime_ref(lesson.lora_id)
-                with metered() as usage:
+                with charging(lesson.lora_id), metered() as usage:
                     with watch.phase("rollouts"):
                         payload = await self._with_rollouts(lesson.payload(feedback_ids))
                     step = await self._updater.update(payload, parent, watch, lesson.request.room)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from claas.core.errors import ClaasError, Conflict
 from claas.core.types import DistillBatchRequestPayload, Feedback, LoraRuntimeRef, StepRecord
+from claas.core.usage import charging
 from claas.learning.feedback_store import FeedbackStore
 from claas.learning.journal import Journal
 from claas.learning.lesson_book import LessonBook, TaughtLesson
@@ -67,7 +68,8 @@ class Retraction:
     async def _retract(self, row: Feedback) -> None:
         try:
             async with self._locks.hold(row.lora_id):
-                await self._rebuild(row)
+                with charging(row.lora_id):
+                    await self._rebuild(row)
         except Exception as error:
             reason = error.message if isinstance(error, ClaasError) else type(error).__name__
             log.warning("feedback %r could not be retracted", row.id, exc_info=not isinstance(error, ClaasError))

@@ -13,8 +13,17 @@ import pytest
 
 from claas.adapters.tinker import TinkerAdapter, TinkerAdapters
 from claas.core.errors import BackendUnavailable, BadRequest, ClaasError, StepFailed
-from claas.core.types import ChatMessage, DistillBatchItem, DistillBatchRequestPayload, LoraInitRequest, TrainingConfig
-from claas.core.usage import PER, metered
+from claas.core.types import (
+    ChatMessage,
+    DistillBatchItem,
+    DistillBatchRequestPayload,
+    LoraInitRequest,
+    SamplingParams,
+    TrainingConfig,
+)
+from claas.core.usage import PER, charging, metered
+from claas.inference.base import GenerationRequest
+from claas.inference.tinker import TinkerInference
 from claas.models.base_model import LoadedModel
 from claas.models.chat_template import render
 from claas.training.engine.tinker import TinkerEngine
@@ -250,6 +259,24 @@ async def test_what_an_adapter_has_used_is_summed_up_over_lessons_that_failed_to
         await lessons.teach()
     used = await lessons.adapters.used(A)
     assert used["trained"] > first["trained_tokens"] and used["scored"] > first["scored_tokens"]
+
+
+async def test_replies_are_on_the_account_of_who_speaks_and_in_a_lesson_on_the_learners(lessons: Lessons) -> None:
+    engine, model = lessons.engine, place_of(lessons.server).model
+    backend = TinkerInference(engine._server, engine._runs, lessons.adapters, model, max_queue=8, top_k=0)
+    request = GenerationRequest(messages=MESSAGES, adapter=await engine.lora_runtime_ref(A), sampling=SamplingParams(max_tokens=5))
+    by_base = request.model_copy(update={"adapter": None})
+    try:
+        (await backend.complete(request)), (await backend.generate(by_base))
+        alone = await lessons.adapters.used(A)
+        with charging(A):
+            await backend.complete(by_base)
+        together = await lessons.adapters.used(A)
+    finally:
+        await backend.aclose()
+    prompt = len(render(model.tokenizer, MESSAGES, {}))
+    assert alone["scored"] == prompt and 0 < alone["sampled"] <= 5
+    assert together["scored"] == 2 * prompt and alone["sampled"] < together["sampled"] <= 10
 
 
 async def test_closing_ends_what_waits_for_the_server(lessons: Lessons) -> None:
