@@ -267,7 +267,7 @@ async def test_replies_are_on_the_account_of_who_speaks_and_in_a_lesson_on_the_l
     request = GenerationRequest(messages=MESSAGES, adapter=await engine.lora_runtime_ref(A), sampling=SamplingParams(max_tokens=5))
     by_base = request.model_copy(update={"adapter": None})
     try:
-        (await backend.complete(request)), (await backend.generate(by_base))
+        (await backend.complete(request)), (await backend.complete(by_base))
         alone = await lessons.adapters.used(A)
         with charging(A):
             await backend.complete(by_base)
