@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,16 @@ def finished_reply(service: Service, prompt: str) -> str:
     raise AssertionError(f"no reply to {prompt!r} ended by itself")
 
 
+def at_once(ask: Callable[[str], str], prompts: Sequence[str]) -> list[str]:
+    """Asked together, so that the server can answer them in one round."""
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        return list(threads.map(ask, prompts))
+
+
+def probed(service: Service, model: str = "assistant") -> list[str]:
+    return at_once(lambda probe: greedy(service, probe, model), PROBES)
+
+
 def scored(service: Service, model: str, completion: str) -> dict[str, Any]:
     body = {"model": model, "messages": [{"role": "user", "content": PROBES[0]}], "completion": completion}
     answer = service.http.post("/v1/score", json=body)
@@ -74,17 +86,17 @@ def test_a_correction_is_learnt_kept_undone_exported_and_deleted(
     data = tmp_path / "data"
     with serving(tinker_server, data, model_dir) as service:
         service.http.post("/v1/lora/init", json={"lora_id": "you/other"}).raise_for_status()
-        before = [greedy(service, probe) for probe in PROBES]
+        before = probed(service)
         assert not any("Kuro" in reply for reply in before)
         other = scored(service, "you/other", before[0])["logprobs"]
 
-        ids = [finished_reply(service, prompt) for prompt in PROMPTS]
+        ids = at_once(lambda prompt: finished_reply(service, prompt), PROMPTS)
         lessons = [taught(service, ids)]
-        after = [greedy(service, probe) for probe in PROBES]
+        after = probed(service)
         while sum("Kuro" in reply for reply in after) < 4:
             assert len(lessons) < MAX_LESSONS, after
             lessons.append(taught(service, ids))
-            after = [greedy(service, probe) for probe in PROBES]
+            after = probed(service)
         learnt = lessons[-1]["version"]
 
         record = lessons[0]["distill_result"]["metadata"]
@@ -92,24 +104,24 @@ def test_a_correction_is_learnt_kept_undone_exported_and_deleted(
         assert record["support"]["kind"] == "sampled_token"
         assert record["usage"]["trained_tokens"] > 0 and record["usage"]["price"] > 0
         assert "Paris" in greedy(service, UNRELATED)
-        assert [greedy(service, probe, "assistant@0") for probe in PROBES] == before, "a pinned version says what it always said"
+        assert probed(service, "assistant@0") == before, "a pinned version says what it always said"
         assert scored(service, "you/other", before[0])["logprobs"] == pytest.approx(other, abs=1e-3), "another adapter is untouched"
         assert service.get("/v1/lora")["loras"] == ["assistant", "you/other"]
         mine = scored(service, "assistant", after[0])
 
     with serving(tinker_server, data, model_dir) as service:  # the runs of the one before are gone
-        assert [greedy(service, probe) for probe in PROBES] == after, "what was learned stays learned"
+        assert probed(service) == after, "what was learned stays learned"
         versions = service.get("/v1/lora/versions", lora_id="assistant")
         assert (versions["latest"], versions["versions"][-1]["parent"]) == (learnt, lessons[-1]["distill_result"]["metadata"]["parent"])
         assert scored(service, "assistant", after[0])["logprobs"] == pytest.approx(mine["logprobs"], abs=2e-2)
         archive = service.http.get("/v1/lora/export", params={"lora_id": "assistant"}).content
 
         service.http.post("/v1/lora/rollback", json={"lora_id": "assistant", "version": 0}).raise_for_status()
-        assert [greedy(service, probe) for probe in PROBES] == before
+        assert probed(service) == before
         service.http.post("/v1/lora/rollback", json={"lora_id": "assistant", "version": learnt}).raise_for_status()
 
         tinker_server.restart()
-        assert [greedy(service, probe) for probe in PROBES] == after, "a server that forgot it is told again"
+        assert probed(service) == after, "a server that forgot it is told again"
         assert service.http.delete("/v1/lora", params={"lora_id": "assistant"}).status_code == 200
         assert service.get("/v1/lora")["loras"] == ["you/other"]
 
