@@ -25,7 +25,7 @@ Opening = Callable[[LoadedModel, Path, Path], AbstractContextManager[Settings]]
 
 @contextmanager
 def _embedded(_: LoadedModel, model_dir: Path, folder: Path) -> Iterator[Settings]:
-    yield Settings(distill_execution_mode="local", base_model_id=str(model_dir), data_dir=folder, max_context=512)
+    yield Settings(distill_execution_mode="local", base_model_id=str(model_dir), data_dir=folder, dtype="float32")
 
 
 @contextmanager
