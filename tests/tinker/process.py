@@ -74,6 +74,10 @@ class RealTinker:
     def log(self) -> str:
         return self._log.read_text(errors="replace")[-4000:]
 
+    def done(self, name: str) -> int:
+        """How many batches of this kind of request it has computed, by its own account."""
+        return self._log.read_text(errors="replace").count(f"process_batch_requests({name},")
+
     def _command(self) -> list[str]:
         # It reads its own `uv run` command line, and starts its engine with the same.
         command = [str(self._bin / "uv"), "run", "--active", "--no-project", "-m", "skyrl.tinker.api"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from claas.models.base_model import LoadedModel
+from tests.inference.test_vllm_service import lessons as kept
 from tests.integration.process import Service, running
 from tests.integration.test_lesson import FEEDBACK, PROMPTS, greedy, peft_logprob
 from tests.tinker.process import MAX_MODELS, MAX_RANK, MODEL, RealTinker
@@ -80,6 +82,23 @@ def scored(service: Service, model: str, completion: str) -> dict[str, Any]:
     return found
 
 
+def broken_in_mid_step(service: Service, server: RealTinker, data: Path, completion_ids: list[str]) -> None:
+    """The server is killed between two optimizer steps, and started again: the lesson is said to have failed, and is kept."""
+    training = {"hindsight_rollouts": 0, "own_replies": True, "gradient_steps": 50, "min_signal": 0.0}
+    body = {"requests": [{"completion_id": completion_ids[0], "feedback": "Be brief.", "training": training}]}
+    before = server.done("forward_backward")
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(service.http.post, "/v1/feedback", json=body, timeout=1200.0)
+        while server.done("forward_backward") < before + 2:
+            assert not asked.done(), asked.result().text
+            time.sleep(0.5)
+        server.kill()
+        answer = asked.result()
+    server.start()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "backend_unavailable"), answer.text
+    assert kept(data)[-1] == ("Be brief.", "failed")
+
+
 def test_a_correction_is_learnt_kept_undone_exported_and_deleted(
     tinker_server: RealTinker, tmp_path: Path, model_dir: Path, loaded_model: LoadedModel
 ) -> None:
@@ -120,7 +139,7 @@ def test_a_correction_is_learnt_kept_undone_exported_and_deleted(
         assert probed(service) == before
         service.http.post("/v1/lora/rollback", json={"lora_id": "assistant", "version": learnt}).raise_for_status()
 
-        tinker_server.restart()
+        broken_in_mid_step(service, tinker_server, data, ids)
         assert probed(service) == after, "a server that forgot it is told again"
         assert service.http.delete("/v1/lora", params={"lora_id": "assistant"}).status_code == 200
         assert service.get("/v1/lora")["loras"] == ["you/other"]
