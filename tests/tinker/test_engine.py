@@ -279,6 +279,16 @@ async def test_replies_are_on_the_account_of_who_speaks_and_in_a_lesson_on_the_l
     assert together["scored"] == 2 * prompt and alone["sampled"] < together["sampled"] <= 10
 
 
+async def test_health_tells_how_far_a_lesson_is(lessons: Lessons) -> None:
+    lessons.server.fail("forward_backward", "slow", nth=2, seconds=5.0)
+    lesson = asyncio.create_task(lessons.teach(gradient_steps=3))
+    while lessons.server.called().count("forward_backward") < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    assert (await lessons.engine.health()).detail["learning"] == {A: "1 of 3 optimizer steps done"}
+    await lesson
+    assert (await lessons.engine.health()).detail["learning"] == {}
+
+
 async def test_closing_ends_what_waits_for_the_server(lessons: Lessons) -> None:
     lessons.server.fail("forward_backward", "slow", seconds=60.0)
     lesson = asyncio.create_task(lessons.teach())

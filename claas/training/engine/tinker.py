@@ -74,6 +74,7 @@ class TinkerEngine(TrainingEngine):
         self._ttl_s = ttl_s
         self._allowed = allowed_base_models or (model.id,)
         self._lessons: set[asyncio.Task[StepReport]] = set()
+        self._steps: dict[str, TinkerStep] = {}
         self._closing = False
 
     def default_training(self) -> TrainingConfig:
@@ -120,12 +121,14 @@ class TinkerEngine(TrainingEngine):
         kept = False
         try:
             step = TinkerStep(self._server, run, payload.training, samples, self._teacher(parent), self._reduction)
+            self._steps[payload.lora_id] = step
             result = await step.run()
             report = summarise(result, payload.training, parent=parent.manifest.version, token_text=self._token_text)
             if report.outcome == "applied":
                 version = await self._publish(run, payload, report)
                 kept, report = True, report.model_copy(update={"version": version})
         finally:
+            self._steps.pop(payload.lora_id, None)
             if not kept:
                 await asyncio.shield(self._runs.give_up(run))
         return report
@@ -254,7 +257,8 @@ class TinkerEngine(TrainingEngine):
         return lines
 
     async def health(self) -> ServiceHealth:
-        detail: dict[str, JsonValue] = {"engine": "tinker", "runs": self._runs.held}
+        learning: dict[str, JsonValue] = {lora_id: step.progress for lora_id, step in self._steps.items()}
+        detail: dict[str, JsonValue] = {"engine": "tinker", "runs": self._runs.held, "learning": learning}
         if self._closing:
             return ServiceHealth(status="unhealthy", error="the service is closing", detail=detail)
         try:

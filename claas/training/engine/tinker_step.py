@@ -85,6 +85,11 @@ class TinkerStep:
         self._steps = self._forward_tokens = 0
         self._seconds: dict[str, float] = {}
 
+    @property
+    def progress(self) -> str:
+        """How far it is, for who waits."""
+        return f"{self._steps} of {self._config.gradient_steps} optimizer steps done"
+
     async def run(self) -> StepResult:
         """Learn. Unless the outcome is "applied", the run is to be given up."""
         with self._timed("teacher"):
