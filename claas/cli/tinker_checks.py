@@ -35,9 +35,11 @@ async def _ask(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding("tinker", "ok", f"answers at {url}")
         served = await server.models()
         yield Finding("tinker key", "ok", "taken" if settings.tinker_api_key else "none set, and none asked for")
-        yield check_model(served, settings.base_model_id or TINKER_BASE_MODEL)
-        async for finding in _try(server, settings, served):
-            yield finding
+        model = check_model(served, settings.base_model_id or TINKER_BASE_MODEL)
+        yield model
+        if model.status == "ok":
+            async for finding in _try(server, settings, served):
+                yield finding
     except ConfigurationError as error:
         yield Finding("tinker key", "fail", error.message)
     except ClaasError as error:

@@ -40,10 +40,11 @@ def load_tinker_model(settings: Settings, served: Mapping[str, int | None]) -> T
         tokenizer = AutoTokenizer.from_pretrained(source)
         config = AutoConfig.from_pretrained(source).get_text_config(decoder=True)
     except Exception as error:  # each library below has its own
-        log.warning("loading the tokenizer failed", exc_info=error)
+        log.info("loading the tokenizer failed", exc_info=error)
+        said = str(error).partition("\n")[0][:200]
         raise ConfigurationError(
-            f"the tokenizer of {name!r} cannot be loaded ({type(error).__name__}): set CLAAS_TINKER_TOKENIZER to the model on the hub, or "
-            "to a folder with its tokenizer and config.json"
+            f"the tokenizer of {name!r} cannot be loaded: set CLAAS_TINKER_TOKENIZER to the model on the hub, or to a folder with its "
+            f"tokenizer and config.json ({type(error).__name__}: {said})"
         ) from error
     if tokenizer.chat_template is None:
         raise ConfigurationError(f"the base model {name!r} has no chat template: choose an instruction-tuned model")
