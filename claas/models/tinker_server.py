@@ -225,14 +225,14 @@ class TinkerServer:
     async def _session(self) -> tinker.ServiceClient:
         """A session that is open: what the SDK opens when it is first used, it would open on the event loop."""
         service = self._client()
-        await self._blocking(lambda: service.holder)
+        await self._blocking(lambda: service.holder, undo=lambda opened: opened.close())
         return service
 
     def _client(self) -> tinker.ServiceClient:
         return tinker.ServiceClient(base_url=self._base_url, api_key=self._api_key, user_metadata={"client": "claas"})
 
-    async def _blocking(self, work: Callable[[], T]) -> T:
-        """`work`, which may block for minutes, in a thread that nobody has to wait for."""
+    async def _blocking(self, work: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
+        """`work`, which may block for minutes, in a thread that nobody has to wait for; `undo` is given what comes when nobody does."""
         await self.ping()
         done: Future[T] = Future()
 
@@ -244,7 +244,12 @@ class TinkerServer:
                 done.set_exception(error)
 
         threading.Thread(target=target, name="claas-tinker", daemon=True).start()
-        return await self._watched(asyncio.wrap_future(done))
+        try:
+            return await self._watched(asyncio.wrap_future(done))
+        except BaseException:
+            if undo is not None:
+                done.add_done_callback(lambda late: late.exception() or undo(late.result()))
+            raise
 
     async def _is_alive(self) -> bool:
         """Whether the server answers; asked once for all who wait."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -108,3 +110,25 @@ async def test_a_run_that_could_not_be_made_takes_no_place(tiny_model: LoadedMod
             assert runs.held == 1
             await runs.give_up(run)
             assert runs.held == 0
+
+
+async def test_what_is_opened_when_nobody_waits_for_it_any_more_is_closed(tiny_model: LoadedModel) -> None:
+    begun, open_, closed = threading.Event(), threading.Event(), asyncio.Queue[str]()
+    loop = asyncio.get_running_loop()
+
+    def work() -> str:
+        begun.set()
+        open_.wait(30)
+        return "late"
+
+    with TinkerDouble(tiny_model, SMALL, poll_s=0.2) as server:
+        async with connected(place_of(server)) as (connection, _, _):
+            undo = functools.partial(loop.call_soon_threadsafe, closed.put_nowait)
+            opening = asyncio.create_task(connection._blocking(work, undo))
+            await asyncio.to_thread(begun.wait, 30)
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+            assert closed.empty()
+            open_.set()
+            assert await asyncio.wait_for(closed.get(), 30) == "late"
