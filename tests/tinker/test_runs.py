@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -123,8 +122,8 @@ async def test_what_is_opened_when_nobody_waits_for_it_any_more_is_closed(tiny_m
 
     with TinkerDouble(tiny_model, SMALL, poll_s=0.2) as server:
         async with connected(place_of(server)) as (connection, _, _):
-            undo = functools.partial(loop.call_soon_threadsafe, closed.put_nowait)
-            opening = asyncio.create_task(connection._blocking(work, undo))
+            told = connection._blocking(work, undo=lambda made: loop.call_soon_threadsafe(closed.put_nowait, made))
+            opening = asyncio.create_task(told)
             await asyncio.to_thread(begun.wait, 30)
             opening.cancel()
             with pytest.raises(asyncio.CancelledError):
