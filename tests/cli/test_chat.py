@@ -140,8 +140,12 @@ class Terminal:
         self._shown = self._shown.split(text.encode(), 1)[1]
 
 
-# Ctrl-C goes to the group in the foreground of the controlling terminal: be it, then be `claas`.
-IN_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from claas.__main__ import main; main()"
+# Ctrl-C goes to the group in the foreground of the controlling terminal: be it, then be `claas`. What runs in the background of a
+# shell, as tests may, has been told to ignore it.
+IN_TERMINAL = (
+    "import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from claas.__main__ import main; main()"
+)
 
 
 @contextmanager
