@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 
 from claas.api.app import create_app
+from claas.cli.server import bind
 from tests.doubles.services import World, open_world
 
 LOCAL = "http://127.0.0.1"
@@ -48,7 +49,7 @@ async def in_process(world: World, **headers: str) -> AsyncIterator[httpx.AsyncC
 @asynccontextmanager
 async def on_socket(world: World) -> AsyncIterator[str]:
     """The app behind uvicorn on a free port of 127.0.0.1; yields its URL."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
+    with bind("127.0.0.1", 0) as sock:
         app = create_app(lambda: nullcontext(world.services))
         server = Server(uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=5))
         serving = asyncio.create_task(server.serve(sockets=[sock]))

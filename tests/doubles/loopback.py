@@ -14,6 +14,8 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 
+from claas.cli.server import bind
+
 
 class Loopback(ABC):
     """A server whose port stays the same from its first start on."""
@@ -44,7 +46,7 @@ class Loopback(ABC):
         """The application of a new life."""
 
     def start(self) -> None:
-        listener = socket.create_server(("127.0.0.1", self.port))
+        listener = bind("127.0.0.1", self.port)  # as the service does: else each second write would wait 40 ms
         self.port = listener.getsockname()[1]
         server = uvicorn.Server(uvicorn.Config(self.app(), log_level="critical", lifespan="on"))
         self._server, self._thread = server, threading.Thread(target=self._run, args=(server, listener), daemon=True)
