@@ -11,7 +11,7 @@ from claas.cli.findings import Status
 from claas.cli.tinker_checks import check_tinker
 from claas.core.settings import Settings
 from claas.models.base_model import LoadedModel
-from tests.doubles.tinker_faults import CLOUD, SKYRL
+from tests.doubles.tinker_faults import CLOUD, SKYRL, Ways
 from tests.doubles.tinker_server import KEY, TinkerDouble
 
 
@@ -30,9 +30,9 @@ def found(chosen: Settings) -> dict[str, tuple[Status, str]]:
     ("ways", "status", "told"), [(CLOUD, "ok", "20 likeliest"), (SKYRL, "warn", "own tokens only")], ids=["hosted", "own"]
 )
 def test_a_server_that_is_well_is_told_with_what_it_can(
-    tiny_model: LoadedModel, tiny_model_dir: Path, ways: object, status: Status, told: str
+    tiny_model: LoadedModel, tiny_model_dir: Path, ways: Ways, status: Status, told: str
 ) -> None:
-    with TinkerDouble(tiny_model, ways) as server:  # type: ignore[arg-type]
+    with TinkerDouble(tiny_model, ways) as server:
         parts = found(settings(server, tiny_model_dir))
     assert list(parts) == ["tinker", "tinker key", "tinker model", "tinker tokenizer", "tinker teacher"]
     assert [parts[part][0] for part in list(parts)[:4]] == ["ok"] * 4

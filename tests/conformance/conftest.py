@@ -15,6 +15,8 @@ from tests.conformance.backends import BACKENDS, Backend, asked
 
 MODE = os.environ.get("CLAAS_DISTILL_EXECUTION_MODE")
 CHOSEN = [backend for backend in BACKENDS if MODE in (None, backend.mode)]
+if not CHOSEN:  # pytest would skip all tests, and be content
+    raise pytest.UsageError(f"no backend is tried in {MODE!r} mode: CLAAS_DISTILL_EXECUTION_MODE is local or tinker here, or unset")
 
 
 @pytest.fixture(params=CHOSEN, ids=lambda backend: backend.name)

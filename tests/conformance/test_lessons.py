@@ -98,7 +98,7 @@ async def test_a_lesson_that_is_not_learnt_changes_nothing_and_says_why(
     before = await logprobs(client)
     lesson = await teach(client, item(await finished(client), training=training))
     assert (lesson["status"], lesson["version"]) == (status, 0)
-    assert lesson["reason"]
+    assert says in lesson["reason"]
     assert await versions(client) == (0, [(0, None)])
     assert await logprobs(client) == pytest.approx(before, abs=1e-4)
     state = body_of(await client.get(f"/v1/feedback/{lesson['feedback_ids'][0]}"))
