@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.claas-installed
-PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[local,postgres,tinker,dev]'
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[local,postgres,tinker,modal,dev]'
 
 # vLLM's CPU build, in an environment of its own: it pins what CLaaS does not. It has wheels for Python 3.11 to 3.14.
 VLLM_VENV  := .venv-vllm
