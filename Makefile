@@ -17,6 +17,10 @@ TINKER_STAMP  := $(TINKER_VENV)/.tinker-installed
 TINKER_PIP    := $(TINKER_VENV)/bin/python -m pip --disable-pip-version-check
 TINKER_PYTHON ?= $(PYTHON)
 
+# Tests at once: a process a core; of those with real models and servers, which take several cores themselves, two.
+JOBS      ?= auto
+SLOW_JOBS ?= 2
+
 FEEDBACK := Your name is Kuro, always introduce yourself as Kuro.
 
 .PHONY: help setup serve vllm test test-vllm test-tinker lint format coverage demo clean
@@ -56,8 +60,8 @@ install_vllm = { $(VLLM_PIP) install --quiet -c constraints-vllm.txt torch && $(
 
 test: setup ## run all tests: the fast ones first, then those with real models, processes and databases
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m pytest -q -m "not model and not integration and not vllm and not tinker" --cov=claas --cov-report=
-	$(BIN)/python -m pytest -q -m "(model or integration) and not vllm and not tinker" --cov=claas --cov-append --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not model and not integration and not vllm and not tinker" --cov=claas --cov-report=
+	$(BIN)/python -m pytest -q -n $(SLOW_JOBS) --dist loadfile -m "(model or integration) and not vllm and not tinker" --cov=claas --cov-append --cov-report=term:skip-covered --cov-fail-under=90
 
 test-vllm: setup $(VLLM_STAMP) ## run the tests against a real vLLM, its CPU build
 	$(BIN)/python -m pytest -q -m vllm

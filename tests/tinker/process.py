@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import platformdirs
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 20.0
@@ -93,8 +94,8 @@ class RealTinker:
             "UV_NO_SYNC": "1",
             "JAX_PLATFORMS": "cpu",
             "HF_HUB_OFFLINE": "1",
-            # What was compiled once is found by the next server.
-            "JAX_COMPILATION_CACHE_DIR": str(self._bin.parent / "compiled"),
+            # What was compiled once is found by the next server, and by the next run of the tests.
+            "JAX_COMPILATION_CACHE_DIR": str(Path(platformdirs.user_cache_dir("claas")) / "tinker-compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true",  # compiles in half the time, and computes as fast
         }
