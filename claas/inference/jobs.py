@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,11 @@ from claas.inference.sampling import Sampler
 from claas.models.lora import LoraWeights
 
 Item = GenerationChunk | tuple[float, ...] | BackendUnavailable
+
+
+def without_numbers() -> BackendUnavailable:
+    """What a job gets whose logits are not finite: only weights far out of range do that, and only to those who speak through them."""
+    return BackendUnavailable("this version of the adapter computes no numbers for this prompt: roll back to another, or delete it")
 
 
 class Board(Protocol):
@@ -107,7 +113,7 @@ class Scoring(Job):
             self.logprobs += runner.logprobs(hidden_TD[begin - start : end - start], self.targets[begin - first : end - first])
 
     def prefilled(self, board: Board, cache: DynamicCache, row: int) -> None:
-        board.send(self, tuple(self.logprobs))
+        board.send(self, without_numbers() if any(map(math.isnan, self.logprobs)) else tuple(self.logprobs))
 
     def aborted(self) -> BackendUnavailable:
         return BackendUnavailable("the service is closing: try again later")

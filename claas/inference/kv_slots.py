@@ -70,6 +70,11 @@ class KVSlots(Cache):  # type: ignore[misc]
         if not self._lengths:
             self.clear()
 
+    def wipe(self, row: int) -> None:
+        """Zero a row whose numbers are not finite, before it is removed: even behind a mask they would spread to who comes there next."""
+        for tensor in (*self._keys, *self._values):
+            tensor[row].zero_()
+
     def clear(self) -> None:
         """Drop all rows and their memory."""
         self._keys, self._values, self._lengths = [], [], []

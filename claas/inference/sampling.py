@@ -19,13 +19,15 @@ from claas.core.types import SamplingParams
 from claas.inference.base import SampledToken
 
 NUCLEUS_GUESS = 256
+LEAST_TEMPERATURE = 1e-5
+"""Below it a logprob divided by it could leave float32; a reply at it is greedy all but surely."""
 
 
 class Sampler:
     """How one row draws its tokens: its parameters and its stream of random numbers."""
 
     def __init__(self, params: SamplingParams) -> None:
-        self.temperature = params.temperature
+        self.temperature = params.temperature if params.temperature >= LEAST_TEMPERATURE else 0.0
         self.top_p = params.top_p
         self.top_logprobs = params.top_logprobs
         seed = None if params.seed is None else params.seed % 2**64
@@ -36,15 +38,19 @@ class Sampler:
         return float(self._random.random())
 
 
-def sample(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[SampledToken]:
-    """One token for each row, with logprobs in nats of the unmodified distribution, in float32."""
+def sample(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[SampledToken | None]:
+    """One token for each row, with logprobs in nats of the unmodified distribution, in float32; None for a row without a distribution."""
     if logits_BV.device.type == "mps":
         logits_BV = logits_BV.cpu()  # Metal has no float64
     logp_BV = logits_BV.float().log_softmax(-1)
+    broken_B = logp_BV[:, 0].isnan()  # one NaN or +inf makes all of the row NaN
+    if broken := bool(broken_B.any()):
+        logp_BV = logp_BV.masked_fill(broken_B[:, None], 0.0)
     chosen_B = logp_BV.argmax(-1) if all(s.temperature == 0 for s in samplers) else _choose(logp_BV, samplers)
     logp_B = logp_BV.gather(1, chosen_B[:, None]).squeeze(1)
     top = _alternatives(logp_BV, [s.top_logprobs for s in samplers])
-    return [SampledToken(*drawn) for drawn in zip(chosen_B.tolist(), logp_B.tolist(), top, strict=True)]
+    tokens: list[SampledToken | None] = [SampledToken(*drawn) for drawn in zip(chosen_B.tolist(), logp_B.tolist(), top, strict=True)]
+    return [None if bad else token for token, bad in zip(tokens, broken_B.tolist(), strict=True)] if broken else tokens
 
 
 def _choose(logp_BV: Tensor, samplers: Sequence[Sampler]) -> Tensor:

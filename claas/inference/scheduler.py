@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from claas.core.errors import BackendUnavailable, Overloaded
-from claas.inference.jobs import Item, Job, Reply
+from claas.inference.jobs import Item, Job, Reply, without_numbers
 from claas.inference.outlet import Post
 from claas.inference.prefill import PrefillQueue
 from claas.inference.runner import ModelRunner
@@ -183,6 +183,9 @@ class Scheduler:
         """Sample the first token of every reply whose prompt was just read, and give those that go on a slot."""
         logits_BV = self._runner.logits(torch.stack([b.prompt_end_D for b in self._begun]))
         for b, token in zip(self._begun, sample(logits_BV, [b.reply.sampler for b in self._begun]), strict=True):
+            if token is None:
+                self.send(b.reply, without_numbers())
+                continue
             chunk = b.reply.take(token)
             self.send(b.reply, chunk)
             if chunk.finish_reason is None:
@@ -195,10 +198,18 @@ class Scheduler:
         """One more token for every running reply."""
         logits_BV = self._runner.decode([reply.last_id for reply in self._running], [reply.adapter for reply in self._running])
         tokens = sample(logits_BV, [reply.sampler for reply in self._running])
-        chunks = [reply.take(token) for reply, token in zip(self._running, tokens, strict=True)]
-        for reply, chunk in zip(self._running, chunks, strict=True):
+        ended = []
+        for row, (reply, token) in enumerate(zip(self._running, tokens, strict=True)):
+            if token is None:
+                self._runner.slots.wipe(row)
+                self.send(reply, without_numbers())
+                ended.append(row)
+                continue
+            chunk = reply.take(token)
             self.send(reply, chunk)
-        self._remove([row for row, chunk in enumerate(chunks) if chunk.finish_reason is not None])
+            if chunk.finish_reason is not None:
+                ended.append(row)
+        self._remove(ended)
 
     def _remove(self, rows: list[int]) -> None:
         """Free these rows; the last row takes the place of each, here as in the slots."""

@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from claas.core.errors import BadRequest, ContextOverflow
+from claas.core.errors import BackendUnavailable, BadRequest, ContextOverflow
 from claas.inference.attention import worth_it
-from claas.inference.base import GenerationRequest
+from claas.inference.base import Generation, GenerationRequest
 from claas.models.base_model import LoadedModel
 from tests.inference.asking import QUESTIONS, ask, full_logprobs, generated, ids, logprobs, prompt_of, serving
 from tests.inference.gate import gated_model
@@ -68,6 +68,20 @@ async def test_logprobs_are_those_of_a_full_forward(tiny_model: LoadedModel) -> 
     async with serving(tiny_model) as backend:
         for reply in await asyncio.gather(*(backend.complete(ask(q, temperature=1.3, top_p=0.9, seed=3)) for q in QUESTIONS)):
             assert logprobs(reply) == pytest.approx(full_logprobs(tiny_model.module, reply.prompt_token_ids, ids(reply)), abs=1e-4)
+
+
+async def test_weights_out_of_range_fail_their_own_replies_and_nobody_elses(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    """Others answer in the same batch, and after it in the same slots, as if nothing had been."""
+    broken = adapter_ref(tmp_path, tiny_model, seed=1, scale=1e30)
+    alone = [generated(tiny_model, q, 24) for q in QUESTIONS]
+    async with serving(tiny_model) as backend:
+        for _ in range(2):
+            asked = (*(ask(q, max_tokens=24) for q in QUESTIONS), ask("Hi", broken))
+            *sound, failed = await asyncio.gather(*map(backend.complete, asked), return_exceptions=True)
+            assert isinstance(failed, BackendUnavailable) and "roll back" in failed.message
+            assert [ids(reply) for reply in sound if isinstance(reply, Generation)] == alone
+        with pytest.raises(BackendUnavailable, match="roll back"):
+            await backend.score(ask("Hi", broken), "Hello")
 
 
 async def test_an_adapter_speaks_as_it_does_in_peft(tiny_model: LoadedModel, tmp_path: Path) -> None:

@@ -97,3 +97,19 @@ def test_rows_are_read_where_they_lie() -> None:
     first, _ = slots.update(new, new, 0)
     second, _ = slots.update(new, new, 0)
     assert first.data_ptr() == second.data_ptr()
+
+
+def test_what_was_no_number_is_gone_with_its_row() -> None:
+    slots, plain = KVSlots(MAX_SLOTS, MAX_TOKENS), Plain()
+    sound, broken, next_one = prefilled(1, 30), prefilled(1, 40), prefilled(1, 9)
+    for layer in broken.layers:
+        layer.keys.fill_(float("nan"))
+        layer.values.fill_(float("nan"))
+    slots.append(sound, 0, 30)
+    slots.append(broken, 0, 40)
+    slots.wipe(1)
+    slots.remove(1)
+    slots.append(next_one, 0, 9)  # the row's old place, and shorter: what is left there is hidden by a mask only
+    plain.append(sound, 0, 30)
+    plain.append(next_one, 0, 9)
+    step(slots, plain)
