@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from itertools import chain
 
-from claas.core.types import DistillBatchRequestPayload, DistillResponse, LoraRuntimeRef
+from claas.core.types import DistillBatchRequestPayload, DistillResponse
 from claas.core.usage import charging, metered
 from claas.inference.base import InferenceBackend
 from claas.learning.hindsight_rollouts import hindsight_rollouts
@@ -67,7 +67,7 @@ class Learner:
         await asyncio.gather(*self._running, return_exceptions=True)
 
     async def _teach(self, lesson: ResolvedLesson, feedback_ids: tuple[str, ...]) -> LessonResult:
-        watch = Stopwatch()
+        watch, published = Stopwatch(), False
         try:
             async with self._locks.hold(lesson.lora_id):
                 await self._ledger.begin(feedback_ids)
@@ -79,11 +79,13 @@ class Learner:
                 if usage.tokens:
                     step = step.model_copy(update={"metadata": step.metadata | {"usage": usage.told()}})
                 with watch.phase("save"):
-                    version = await self._publish(step, parent)
+                    published = await self._publish(step)
+                version = await self._engine.lora_runtime_ref(lesson.lora_id)
                 shown = await show(lesson, version, self._inference) if lesson.request.show else ()
                 return await self._ledger.record(lesson, payload, feedback_ids, step, watch.timing_ms(), shown)
         except BaseException as error:
-            await self._ledger.fail(feedback_ids, error)
+            if not published:  # else it is learnt, and recovery writes it down
+                await self._ledger.fail(feedback_ids, error)
             raise
 
     async def _with_rollouts(self, payload: DistillBatchRequestPayload) -> DistillBatchRequestPayload:
@@ -98,9 +100,9 @@ class Learner:
         ]
         return payload.model_copy(update={"samples": [*own, *chain.from_iterable(found)]})
 
-    async def _publish(self, step: DistillResponse, parent: LoraRuntimeRef) -> LoraRuntimeRef:
-        """From here on the new version serves. Returns what serves: the new version, or its parent if there is none."""
+    async def _publish(self, step: DistillResponse) -> bool:
+        """From here on the new version serves, if there is one."""
         if step.metadata["version"] is None:
-            return parent
+            return False
         await self._engine.promote(step.lora_id, step.metadata["version"])
-        return await self._engine.lora_runtime_ref(step.lora_id)
+        return True

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 
 from pydantic import JsonValue
 
-from claas.core.errors import ClaasError, Conflict
+from claas.core.errors import ClaasError, Conflict, StorageFull
 from claas.core.types import AdapterVersion, DistillBatchRequestPayload, DistillResponse, Feedback, StepRecord
 from claas.learning.feedback_store import FeedbackStore
 from claas.learning.journal import Journal
 from claas.learning.resolve import ResolvedLesson
 from claas.learning.types import LessonResult, Shown
 from claas.training.engine.base import TrainingEngine
+
+log = logging.getLogger(__name__)
 
 
 class Ledger:
@@ -77,7 +80,7 @@ class Ledger:
         timing_ms: dict[str, int],
         shown: tuple[Shown, ...],
     ) -> LessonResult:
-        """Write the step down and settle its feedback."""
+        """Write the step down and settle its feedback. Of a version that serves nothing is raised: what is missing, recovery writes."""
         record = StepRecord(
             id=f"step-{uuid.uuid4().hex}",
             request_id=lesson.request.request_id,
@@ -93,9 +96,26 @@ class Ledger:
             "step": record.model_dump(mode="json"),
             "samples": [sample.model_dump(mode="json") for sample in payload.samples],
         }
-        log_path = await self._journal.record(record, detail, version_record=await self._version(record))
-        await self._feedback.set_state(feedback_ids, record.outcome, reason=record.reason, version=record.version)
+        log_path = ""
+        try:
+            log_path = await self._write(record, detail)
+            await self._feedback.set_state(feedback_ids, record.outcome, reason=record.reason, version=record.version)
+        except Exception:
+            if record.version is None:
+                raise
+            log.exception("version %d of %r serves, and is written down at the next start", record.version, record.lora_id)
         return _result(lesson, record, feedback_ids, log_path, shown)
+
+    async def _write(self, record: StepRecord, detail: dict[str, JsonValue]) -> str:
+        """The log file's path; "" if the step is on record without its details, where those of a version that serves find no room."""
+        version = await self._version(record)
+        try:
+            return await self._journal.record(record, detail, version_record=version)
+        except (StorageFull, OSError):
+            if version is None:
+                raise
+            log.warning("no room for the details of version %d of %r", version.version, record.lora_id)
+            return await self._journal.record(record, version_record=version)
 
     async def fail(self, feedback_ids: tuple[str, ...], error: BaseException) -> None:
         """The lesson broke: say so on the feedback, which stays stored."""

@@ -43,6 +43,7 @@ class School:
     lifecycle: AdapterLifecycle
     retraction: Retraction
     log_dir: Path
+    database: Database
 
     async def rollout(self, completion_id: str = "chatcmpl-1", **changes: Any) -> Rollout:
         """Store a reply as the proxy would have."""
@@ -90,6 +91,6 @@ async def school(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterato
     retraction = Retraction(engine, updater, feedback, journal, book, locks)
     lifecycle = AdapterLifecycle(engine, inference, rollouts, feedback, journal, book, locks, engine.base_model)
     await engine.init_lora(LoraInitRequest(lora_id=LORA))
-    yield School(engine, inference, rollouts, feedback, journal, book, locks, learner, lifecycle, retraction, tmp_path)
+    yield School(engine, inference, rollouts, feedback, journal, book, locks, learner, lifecycle, retraction, tmp_path, database)
     await learner.aclose()
     database.close()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import UTC, datetime
 
 import pytest
+from sqlalchemy import text
 
 from claas.core.errors import AdapterBusy, Conflict, NotFound, StepFailed
 from claas.core.types import (
@@ -311,6 +313,43 @@ async def test_model_names(school: School) -> None:
         with pytest.raises(NotFound, match="does not exist") as caught:
             await school.lifecycle.resolve_model(unknown)
         assert caught.value.code == "model_not_found"
+
+
+# --- what serves is learnt, whatever becomes of its record ---
+
+
+async def broken_record(school: School) -> None:
+    """From now on no feedback can be written down as applied."""
+    trigger = "CREATE TRIGGER hiccup BEFORE UPDATE ON feedback WHEN NEW.state = 'applied' BEGIN SELECT RAISE(ABORT, 'a hiccup'); END"
+    await school.database.run(lambda session: session.execute(text(trigger)))
+
+
+async def test_a_lesson_whose_details_find_no_room_is_on_record_without_them(school: School) -> None:
+    await school.rollout()
+    (school.log_dir / f"{datetime.now(UTC):%Y-%m-%d}").touch()  # no folder can be made there
+    result = await school.learner.learn(lesson())
+    assert (result.outcome, result.version, result.log_path) == ("applied", 1, "")
+    (step,) = await school.journal.steps()
+    assert (step.version, await state(school, result.feedback_ids[0])) == (1, "applied")
+
+
+async def test_a_lesson_that_serves_and_cannot_be_recorded_is_told_as_learnt_and_never_taught_twice(school: School) -> None:
+    await school.rollout()
+    await broken_record(school)
+    item = FeedbackItem(feedback="Be Kuro.", completion_id="chatcmpl-1", idempotency_key="k")
+    result = await school.learner.learn(lesson(item))
+    assert (result.outcome, (await latest(school)).version) == ("applied", 1)
+    with pytest.raises(Conflict, match="right now"):
+        await school.learner.learn(lesson(item, request_id="lesson-2"))
+    await school.database.run(lambda session: session.execute(text("DROP TRIGGER hiccup")))
+    await school.learner.learn(lesson(request_id="lesson-3"))  # goes on from it
+    await recover(school.engine, school.feedback, school.journal)
+    row = await school.feedback.get(result.feedback_ids[0])
+    assert (row.state, row.version) == ("applied", 1)
+    assert [version.version for version in await school.engine.versions(LORA)] == [0, 1, 2], "nothing that was taught is lost"
+    await school.retraction.begin(row.id)
+    await school.retraction.aclose()
+    assert await state(school, row.id) == "retracted"
 
 
 # --- after a crash ---
