@@ -176,6 +176,7 @@ async def _begin(services: Services) -> None:
     await services.inference.begin()
     for line in await recover(services.engine, services.feedback, services.journal):
         log.warning("%s", line)
+    await services.retraction.resume()
     await services.rollouts.prune()
     adapter = services.settings.default_adapter
     if not (await services.engine.lora_exists(adapter)).exists:

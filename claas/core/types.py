@@ -307,7 +307,10 @@ class ServiceHealth(Frozen):
 
 
 class Feedback(Frozen):
-    """One stored feedback item and where it stands. `feedback` is empty where only a rating or a demonstration was given."""
+    """One stored feedback item and where it stands. `feedback` is empty where only a rating or a demonstration was given.
+
+    `retracting`: it was asked to be taken back, and is not yet.
+    """
 
     id: str
     request_id: str
@@ -321,6 +324,7 @@ class Feedback(Frozen):
     state: FeedbackState = "queued"
     reason: str | None = None
     version: int | None = None
+    retracting: bool = False
     created_at: datetime = Field(default_factory=utc_now)
 
 

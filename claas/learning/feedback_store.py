@@ -62,17 +62,31 @@ class FeedbackStore:
         """All items in this state, oldest first."""
         return await self._select(select(FeedbackRow).where(FeedbackRow.state == state).order_by(FeedbackRow.number))
 
+    async def being_retracted(self) -> FeedbackList:
+        """All items that were asked to be retracted and are not yet, oldest first."""
+        return await self._select(select(FeedbackRow).where(FeedbackRow.retracting).order_by(FeedbackRow.number))
+
     async def list(self, lora_id: str | None = None, limit: int = 100) -> FeedbackList:
         """The newest items, newest first; of one adapter if it is named."""
         query = select(FeedbackRow).order_by(FeedbackRow.number.desc()).limit(limit)
         return await self._select(query if lora_id is None else query.where(FeedbackRow.lora_id == lora_id))
 
-    async def set_state(self, ids: Sequence[str], state: FeedbackState, *, reason: str | None = None, version: int | None = None) -> None:
+    async def set_state(
+        self,
+        ids: Sequence[str],
+        state: FeedbackState,
+        *,
+        reason: str | None = None,
+        version: int | None = None,
+        retracting: bool = False,
+    ) -> None:
         """Move all items to `state`, or none. `reason` replaces the one before; `version` None leaves it as it is. Raises NotFound.
 
         A failed item gives its idempotency key back: what came to nothing may be sent again.
         """
-        values: dict[str, Any] = {"state": state, "reason": reason} | ({} if version is None else {"version": version})
+        values: dict[str, Any] = {"state": state, "reason": reason, "retracting": retracting} | (
+            {} if version is None else {"version": version}
+        )
         values |= {"idempotency_key": None} if state == "failed" else {}
         wanted = set(ids)
 

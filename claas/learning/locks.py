@@ -19,13 +19,13 @@ class AdapterLocks:
         self._users: dict[str, int] = defaultdict(int)
 
     @asynccontextmanager
-    async def hold(self, lora_id: str) -> AsyncIterator[None]:
-        """Hold the adapter. Raises AdapterBusy when another holds it past the timeout."""
+    async def hold(self, lora_id: str, *, patient: bool = False) -> AsyncIterator[None]:
+        """Hold the adapter. Raises AdapterBusy when another holds it past the timeout, unless `patient`."""
         lock = self._locks[lora_id]
         self._users[lora_id] += 1
         try:
             try:
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout(None if patient else self._timeout_s):
                     await lock.acquire()
             except TimeoutError:
                 raise AdapterBusy(

@@ -1,7 +1,8 @@
 """Taking a lesson back, and only that one: the adapter as it would be without it.
 
 From the last version before the lesson, everything learnt since is taught again in order. The version in service serves on until the
-rebuilt one is done; if the rebuilding breaks, it goes on serving.
+rebuilt one is done; if the rebuilding breaks, it goes on serving. What was asked for is stored before it is answered: it waits as long as
+another lesson takes, and what a stop of the service cuts short is done after the next start.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import uuid
 from collections.abc import Sequence
 
-from claas.core.errors import ClaasError, Conflict
+from claas.core.errors import BackendUnavailable, ClaasError, Conflict
 from claas.core.types import DistillBatchRequestPayload, Feedback, LoraRuntimeRef, StepRecord
 from claas.core.usage import charging
 from claas.learning.feedback_store import FeedbackStore
@@ -53,23 +54,34 @@ class Retraction:
             return row
         if row.state != "applied":
             raise Conflict(f"nothing was learnt from feedback {feedback_id!r}: it is {row.state!r}", param="id")
-        if row.reason is not None:  # the trouble of an earlier try
-            await self._feedback.set_state((row.id,), "applied")
-            row = row.model_copy(update={"reason": None})
-        task = asyncio.create_task(self._retract(row))
-        self._running[feedback_id] = task
-        task.add_done_callback(lambda _: self._running.pop(feedback_id))
+        await self._feedback.set_state((row.id,), "applied", retracting=True)  # and no trouble of an earlier try
+        row = row.model_copy(update={"reason": None, "retracting": True})
+        self._start(row)
         return row
+
+    async def resume(self) -> None:
+        """Go on with what was asked for before the service stopped."""
+        for row in await self._feedback.being_retracted():
+            self._start(row)
 
     async def aclose(self) -> None:
         """Let what runs come to its end."""
         await asyncio.gather(*self._running.values(), return_exceptions=True)
 
+    def _start(self, row: Feedback) -> None:
+        if row.id not in self._running:
+            task = self._running[row.id] = asyncio.create_task(self._retract(row))
+            task.add_done_callback(lambda _: self._running.pop(row.id))
+
     async def _retract(self, row: Feedback) -> None:
         try:
-            async with self._locks.hold(row.lora_id):
+            async with self._locks.hold(row.lora_id, patient=True):
                 with charging(row.lora_id):
                     await self._rebuild(row)
+        except BackendUnavailable as error:
+            log.warning("feedback %r is not retracted yet: %s", row.id, error.message)
+            reason = f"not retracted yet, it is tried again at the next start or when asked again: {error.message}"
+            await self._feedback.set_state((row.id,), "applied", reason=reason, retracting=True)
         except Exception as error:
             reason = error.message if isinstance(error, ClaasError) else type(error).__name__
             log.warning("feedback %r could not be retracted", row.id, exc_info=not isinstance(error, ClaasError))

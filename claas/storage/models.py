@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from pydantic import JsonValue
-from sqlalchemy import JSON, BigInteger, Index, Integer, MetaData, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Index, Integer, MetaData, UniqueConstraint, false
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from claas.storage.columns import AnyText, Logprobs, Name, TokenIds, UtcDateTime
@@ -69,6 +69,7 @@ class FeedbackRow(Base):
     state: Mapped[str] = mapped_column(Name, index=True)
     reason: Mapped[str | None] = mapped_column(AnyText)
     version: Mapped[int | None]
+    retracting: Mapped[bool] = mapped_column(server_default=false())
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 

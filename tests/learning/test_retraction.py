@@ -6,10 +6,12 @@ import asyncio
 
 import pytest
 
-from claas.core.errors import Conflict, NotFound, StepFailed
+from claas.core.errors import AdapterBusy, Conflict, NotFound, StepFailed
 from claas.core.types import Feedback
+from claas.learning.retraction import Retraction
 from claas.learning.types import FeedbackItem
-from tests.learning.conftest import LORA, School, lesson
+from claas.learning.updater import Updater
+from tests.learning.conftest import IMPATIENT, LORA, School, lesson
 
 
 async def taught(school: School, *numbers: int) -> str:
@@ -117,6 +119,55 @@ async def test_the_version_in_service_serves_until_the_rebuilt_one_is_done(schoo
     await school.retraction.aclose()
     assert (await school.feedback.get(first)).state == "retracted"
     assert len(school.engine.lessons) == 3
+
+
+@IMPATIENT
+async def test_it_waits_for_another_lesson_as_long_as_that_takes(school: School) -> None:
+    first = await taught(school, 1)
+    async with school.locks.hold(LORA):
+        await school.retraction.begin(first)
+        with pytest.raises(AdapterBusy):  # by now it would have been given up, as any other
+            async with school.locks.hold(LORA):
+                pass
+        assert (await school.feedback.get(first)).retracting
+    await school.retraction.aclose()
+    row = await school.feedback.get(first)
+    assert (row.state, row.retracting) == ("retracted", False)
+
+
+async def test_what_a_stop_of_the_service_cut_short_is_done_after_the_next_start(school: School) -> None:
+    first = await taught(school, 1)
+    await taught(school, 2)
+    school.engine.closed = True
+    row = await retracted(school, first)
+    assert (row.state, row.retracting) == ("applied", True)
+    assert row.reason is not None and "at the next start" in row.reason
+    school.engine.closed = False
+    again = Retraction(
+        school.engine, Updater(school.engine, school.inference, school.book), school.feedback, school.journal, school.book, school.locks
+    )
+    await again.resume()
+    await again.aclose()
+    row = await school.feedback.get(first)
+    assert (row.state, row.retracting) == ("retracted", False)
+    assert await knows(school) == ["Lesson 2."]
+    await again.resume()
+    await again.aclose()
+    assert len(school.engine.lessons) == 3, "nothing is left to do"
+
+
+async def test_one_that_is_cancelled_is_done_after_the_next_start(school: School) -> None:
+    first = await taught(school, 1)
+    async with school.locks.hold(LORA):
+        await school.retraction.begin(first)
+        await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await school.retraction.aclose()
+    assert (await school.feedback.get(first)).state == "applied"
+    await school.retraction.resume()
+    await school.retraction.aclose()
+    assert (await school.feedback.get(first)).state == "retracted"
 
 
 async def test_what_was_not_learnt_cannot_be_retracted(school: School) -> None:
