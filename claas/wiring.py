@@ -25,6 +25,7 @@ from claas.learning.locks import AdapterLocks
 from claas.learning.recovery import recover
 from claas.learning.retraction import Retraction
 from claas.learning.updater import Updater
+from claas.rollouts.pruning import pruned_regularly
 from claas.rollouts.sql import SqlRolloutStore
 from claas.services import Services
 from claas.storage.database import Database
@@ -74,6 +75,7 @@ async def open_services(settings: Settings, *, progress: bool = False) -> AsyncI
         stack.push_async_callback(engine.aclose)
         services = Services(settings, base_id, engine, inference, rollouts, feedback, journal, lifecycle, learner, retraction)
         await _begin(services)
+        await stack.enter_async_context(pruned_regularly(rollouts))
         yield services
 
 
@@ -177,7 +179,6 @@ async def _begin(services: Services) -> None:
     for line in await recover(services.engine, services.feedback, services.journal):
         log.warning("%s", line)
     await services.retraction.resume()
-    await services.rollouts.prune()
     adapter = services.settings.default_adapter
     if not (await services.engine.lora_exists(adapter)).exists:
         await services.lifecycle.init(LoraInitRequest(lora_id=adapter))

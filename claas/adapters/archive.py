@@ -25,6 +25,8 @@ from claas.adapters.store import CONFIG, WEIGHTS
 from claas.core.errors import BadRequest
 
 MAX_RANK = 256
+_ENTRY = b"PK\x01\x02"  # what each entry of a zip's list of files begins with
+_MAX_ENTRIES = 1000
 _MAX_CONFIG_BYTES = 2**20
 _MAX_HEADER_BYTES = 2**24
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
@@ -73,6 +75,8 @@ def import_zip(archive: bytes, folder: Path, *, config: PretrainedConfig, base_m
     Raises BadRequest, saying what to change.
     """
     shapes = linear_shapes(config)
+    if archive.count(_ENTRY) > _MAX_ENTRIES:  # before they are parsed: each of millions would become an object
+        raise _refused(f"holds more than {_MAX_ENTRIES} files: pack the two of the adapter alone")
     try:
         with zipfile.ZipFile(io.BytesIO(archive)) as opened:
             entries = _entries(opened)

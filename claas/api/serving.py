@@ -163,7 +163,7 @@ class Replies:
                 reply.chunks.append(chunk)
                 reply.finish_reason = chunk.finish_reason
                 if chunk.finish_reason is not None:
-                    await self._services.rollouts.put(self._rollout(reply, chunk.finish_reason))
+                    await self._store(reply, chunk.finish_reason)
                 self._sampled.append((reply.index, chunk))
                 self._news.set()
         except Exception as error:  # noqa: BLE001 - whoever iterates gets it
@@ -172,9 +172,16 @@ class Replies:
 
     async def _store_abandoned(self, reply: Reply) -> None:
         try:
-            await self._services.rollouts.put(self._rollout(reply, "abort"))
+            await self._store(reply, "abort")
         except Exception:  # nobody is left to be told
             log.exception("the abandoned reply %s could not be stored", self.ask.reply_id(reply.index))
+
+    async def _store(self, reply: Reply, finish_reason: FinishReason) -> None:
+        """Of an adapter that was deleted while it spoke nothing is kept."""
+        await self._services.rollouts.put(self._rollout(reply, finish_reason))
+        adapter = reply.request.adapter
+        if adapter is not None and await self._services.lifecycle.is_gone(adapter.lora_id):  # looked for only now: so none slips through
+            await self._services.rollouts.delete_adapter(adapter.lora_id)
 
     def _rollout(self, reply: Reply, finish_reason: FinishReason) -> Rollout:
         adapter, tokens = reply.request.adapter, reply.tokens

@@ -32,7 +32,8 @@ from claas.models.chat_template import encode_reply, render, stop_token_ids
 from claas.models.compute import ComputeShare
 from claas.models.lora import LoraWeights, lora_dtype, read_lora
 
-MAX_CACHED_ADAPTERS = 64
+CACHED_BYTES = 2**30
+"""Of adapter versions that are kept in memory: about fifty of the default model's."""
 
 T = TypeVar("T")
 
@@ -58,7 +59,7 @@ class EmbeddedInference(InferenceBackend):
         self._stop_ids = stop_token_ids(model)
         self._runner = ModelRunner(model, max_batch, self._max_context)
         self._scheduler = Scheduler(self._runner, share, max_batch=max_batch, max_queue=max_queue)
-        self._adapters = LoraCache(self._load, MAX_CACHED_ADAPTERS)
+        self._adapters = LoraCache(self._load, CACHED_BYTES)
         # One torch thread each: a team of their own would crowd the decoding thread's.
         self._helpers = ThreadPoolExecutor(2, "claas-prepare", initializer=torch.set_num_threads, initargs=(1,))
 

@@ -23,7 +23,10 @@ class _Entry:
 
 
 class LoraCache:
-    """At most `capacity` versions, each loaded once however many ask at the same time. For one event loop."""
+    """Versions of at most `capacity` bytes in all, the latest at least, each loaded once however many ask at the same time.
+
+    For one event loop.
+    """
 
     def __init__(self, load: Load, capacity: int) -> None:
         self._load = load
@@ -39,18 +42,32 @@ class LoraCache:
         if entry is None:
             entry = _Entry(ref.lora_id, asyncio.ensure_future(self._load(ref)))
             self._entries[ref.vllm_name] = entry
-            if len(self._entries) > self._capacity:
-                self._entries.popitem(last=False)
         self._entries.move_to_end(ref.vllm_name)
         try:
             # Shielded: others may wait for the same version, and the next request will want it.
-            return await asyncio.shield(entry.weights)
+            weights = await asyncio.shield(entry.weights)
         except Exception:
             if self._entries.get(ref.vllm_name) is entry:
                 del self._entries[ref.vllm_name]
             raise
+        self._trim()
+        return weights
+
+    def _trim(self) -> None:
+        """Let go of the least recently used of those that are loaded."""
+        loaded = {name: e.weights.result().nbytes for name, e in self._entries.items() if e.weights.done() and _went_well(e.weights)}
+        size = sum(loaded.values())
+        for name in list(loaded)[:-1]:
+            if size <= self._capacity:
+                return
+            size -= loaded[name]
+            del self._entries[name]
 
     def forget(self, lora_id: str) -> None:
         """Drop every version of an adapter, those still loading too: its name may come to mean something else."""
         for name in [name for name, entry in self._entries.items() if entry.lora_id == lora_id]:
             del self._entries[name]
+
+
+def _went_well(task: asyncio.Task[LoraWeights]) -> bool:
+    return not task.cancelled() and task.exception() is None

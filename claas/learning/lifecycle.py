@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 
 from claas.core.adapter_id import parse_adapter_id, parse_model_name
-from claas.core.errors import BadRequest, NotFound
+from claas.core.errors import BadRequest, ClaasError, NotFound
 from claas.core.types import AdapterVersion, LoraExportPayload, LoraInitRequest, LoraInitResponse, LoraRuntimeRef, StepRecord
 from claas.inference.base import InferenceBackend
 from claas.learning.feedback_store import FeedbackStore
@@ -51,6 +51,16 @@ class AdapterLifecycle:
             return await self._engine.lora_runtime_ref(name.lora_id, name.version)
         except (BadRequest, NotFound) as error:
             raise NotFound(f"The model {model[:200]!r} does not exist: {error.message}", param="model", code="model_not_found") from error
+
+    async def is_gone(self, lora_id: str) -> bool:
+        """Whether the adapter is known not to exist any more. One whose engine does not answer may still be there."""
+        try:
+            await self._engine.lora_runtime_ref(lora_id)
+        except NotFound:
+            return True
+        except ClaasError:
+            return False
+        return False
 
     async def init(self, request: LoraInitRequest) -> LoraInitResponse:
         """Create an adapter with a version 0 of no effect."""

@@ -40,6 +40,10 @@ class LoraWeights:
     name: str
     layers: Mapping[str, tuple[Tensor, Tensor]]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(half.nbytes for halves in self.layers.values() for half in halves)
+
 
 def lora_dtype(device: torch.device, model_dtype: torch.dtype) -> torch.dtype:
     """Float32 on a CPU, where products of this size are several times faster in it than in bfloat16; elsewhere the model's."""

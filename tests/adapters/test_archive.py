@@ -323,6 +323,10 @@ def test_a_bomb_is_refused_before_it_goes_off(source: Path, target: Path, name: 
         tracemalloc.stop()
 
 
+def test_a_list_of_files_without_end_is_refused_before_it_is_read(target: Path) -> None:
+    assert "more than 1000 files" in _refused(_zip({str(n): b"" for n in range(1001)}), target)
+
+
 @pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
 def test_an_unusual_compression_is_refused(source: Path, target: Path, method: int) -> None:
     content = {CONFIG: (source / CONFIG).read_bytes(), WEIGHTS: (source / WEIGHTS).read_bytes()}

@@ -165,6 +165,18 @@ async def test_a_reply_that_cannot_be_stored_is_not_given(client: httpx.AsyncCli
     assert not world.inference.running
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_nothing_is_kept_of_an_adapter_that_was_deleted_while_it_spoke(client: httpx.AsyncClient, world: World, stream: bool) -> None:
+    world.inference.steps = steps = Steps()
+    speaking = asyncio.create_task(client.post(CHAT, json=HELLO | {"stream": stream}))
+    await steps.blocked.wait()
+    await world.services.lifecycle.delete(ADAPTER)
+    steps.release_many(1000)
+    assert (await speaking).status_code == 200
+    assert (await world.rollouts.arrivals.get()).lora_id == ADAPTER, "it came to be stored"
+    assert world.rollouts.kept == {}
+
+
 async def test_an_engine_that_breaks_midway(client: httpx.AsyncClient, world: World) -> None:
     world.inference.broken_after = 3
     assert_error(await client.post(CHAT, json=HELLO | {"n": 2}), 503, says="broke")

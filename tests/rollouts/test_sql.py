@@ -12,6 +12,7 @@ from sqlalchemy import event, func, select, update
 
 from claas.core.errors import NotFound
 from claas.core.types import ChatMessage, Rollout, SamplingParams, utc_now
+from claas.rollouts.pruning import pruned_regularly
 from claas.rollouts.sql import SqlRolloutStore
 from claas.storage.database import Database
 from claas.storage.models import RolloutRow
@@ -70,6 +71,16 @@ async def test_what_is_too_old_is_pruned_however_few_there_are(database: Databas
     assert await store.prune() == 1
     assert await _kept(database) == ["young"]
     assert await store.prune() == 0
+
+
+async def test_what_grows_too_old_goes_though_nobody_talks(database: Database) -> None:
+    store = SqlRolloutStore(database, max_count=1000, max_age_days=0.5)
+    await store.put(_rollout("old", utc_now() - timedelta(hours=13)))
+    async with pruned_regularly(store, every_s=0.01):
+        assert await _kept(database) == []
+        await store.put(_rollout("young", utc_now() - timedelta(hours=11, minutes=59, seconds=59)))
+        while await _kept(database):  # noqa: ASYNC110 - until it has grown too old
+            await asyncio.sleep(0.01)
 
 
 async def test_pruning_is_rare_and_the_surplus_small(database: Database) -> None:
