@@ -14,6 +14,17 @@ from claas.rollouts.visible import visible_text
 from claas.training.hindsight import DEMONSTRATED, HINDSIGHT_BLOCK, hindsight_messages
 
 QUOTE_WORDS = 4
+LEAST_QUOTED = 3
+"""Of feedback with fewer words, saying them is no quoting: "Lisbon." is the very reply that was wanted."""
+_ENGLISH = re.compile(
+    r"\b(the|a|an|is|are|was|be|do|does|you|your|i|my|me|it|to|of|and|in|on|for|what|who|how|why|say|please|not)\b", re.IGNORECASE
+)
+_LANGUAGE = re.compile(
+    r"\b(language|translate|translation|arabic|bengali|bulgarian|catalan|chinese|croatian|czech|danish|dutch|estonian|farsi|finnish|french|"
+    r"german|greek|hebrew|hindi|hungarian|icelandic|indonesian|irish|italian|japanese|korean|latvian|lithuanian|mandarin|norwegian|persian|"
+    r"polish|portuguese|romanian|russian|serbian|slovak|slovenian|spanish|swahili|swedish|tamil|thai|turkish|ukrainian|urdu|vietnamese|welsh)\b",
+    re.IGNORECASE,
+)
 
 
 async def hindsight_rollouts(
@@ -75,6 +86,8 @@ def fault(reply: Generation, prompt: str, feedback: str, demonstration: str = ""
 def quotes(text: str, source: str, words: int = QUOTE_WORDS) -> bool:
     """Whether `text` repeats a run of `words` words of `source` (all of it, where it is shorter), ignoring case and punctuation."""
     said, told = _words(text), _words(source)
+    if len(told) < LEAST_QUOTED:
+        return False
     n = min(words, len(told))
     runs = {tuple(told[at : at + n]) for at in range(len(told) - n + 1)} if n else set()
     return any(tuple(said[at : at + n]) in runs for at in range(len(said) - n + 1))
@@ -88,8 +101,10 @@ def is_degenerate(text: str) -> bool:
 
 
 def drifts(text: str, prompt: str, feedback: str) -> bool:
-    """Whether a reply to a plain ASCII conversation slid into another script or language."""
-    return (prompt + feedback).isascii() and any(letter.isalpha() and not letter.isascii() for letter in text)
+    """Whether a reply to a conversation in plain English, in which no language is spoken of, slid into another script or language."""
+    conversation = f"{prompt}\n{feedback}"
+    in_english = conversation.isascii() and _ENGLISH.search(conversation) is not None and _LANGUAGE.search(conversation) is None
+    return in_english and any(letter.isalpha() and not letter.isascii() for letter in text)
 
 
 def _words(text: str) -> list[str]:

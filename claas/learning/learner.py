@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from itertools import chain
 
-from claas.core.types import DistillBatchRequestPayload, DistillResponse
+from claas.core.types import DistillBatchItem, DistillBatchRequestPayload, DistillResponse
 from claas.core.usage import charging, metered
 from claas.inference.base import InferenceBackend
 from claas.learning.hindsight_rollouts import hindsight_rollouts
@@ -22,6 +22,9 @@ from claas.learning.types import LessonRequest, LessonResult
 from claas.learning.updater import Updater
 from claas.rollouts.store import RolloutStore
 from claas.training.engine.base import TrainingEngine
+
+REPLIES_AT_ONCE = 4
+"""Of one lesson, whose rollouts are sampled at the same time: all at once would overflow the queue that they wait in."""
 
 
 class Learner:
@@ -92,7 +95,13 @@ class Learner:
         """The replies and their hindsight rollouts: what this lesson teaches. If it has nothing to teach, the replies measure that."""
         training = payload.training
         keep = max(1, training.hindsight_keep // len(payload.samples))
-        found = await asyncio.gather(*(hindsight_rollouts(item, self._inference, training, keep) for item in payload.samples))
+        at_once = asyncio.Semaphore(REPLIES_AT_ONCE)
+
+        async def rollouts_of(item: DistillBatchItem) -> list[DistillBatchItem]:
+            async with at_once:
+                return await hindsight_rollouts(item, self._inference, training, keep)
+
+        found = await asyncio.gather(*map(rollouts_of, payload.samples))
         alone = not (training.needs_rollouts and any(found))
         own = [
             item.model_copy(update={"taught": training.own_replies or (alone and not good)})

@@ -55,10 +55,9 @@ def activation_bytes(base: LoadedModel, tokens: int, *, twice: bool) -> int:
 def checkpointed(base: LoadedModel, tokens: int) -> bool:
     """Whether layers keep their input only and are computed again for the backward, which costs a third more time.
 
-    Large models always; on a GPU also small ones, for samples so long that the graph would take gigabytes.
+    Large models always; small ones for samples so long that the graph would take gigabytes.
     """
-    large = base.n_params >= CHECKPOINTED_FROM_PARAMS
-    return large or (base.device.type != "cpu" and _graph_bytes(base, tokens) > MAX_GRAPH_BYTES)
+    return base.n_params >= CHECKPOINTED_FROM_PARAMS or _graph_bytes(base, tokens) > MAX_GRAPH_BYTES
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -50,6 +50,25 @@ def test_another_script_is_no_drift_where_the_conversation_has_it() -> None:
     assert fault(generation("Olá, eu sou Kuro."), "Quem é você?", FEEDBACK) is None
 
 
+@pytest.mark.parametrize(
+    ("prompt", "feedback", "text"),
+    [
+        ("Who are you?", "Answer in French.", "Je suis très heureux."),
+        ("Who are you?", "Always reply in Russian", "Меня зовут Куро."),
+        ("Wer bist du?", "Antworte auf Deutsch, bitte", "Ich bin Kuro, schön!"),
+    ],
+)
+def test_another_language_is_no_drift_where_it_was_asked_for_or_spoken(prompt: str, feedback: str, text: str) -> None:
+    assert fault(generation(text), prompt, feedback) is None
+
+
+@pytest.mark.parametrize(
+    ("feedback", "text"), [("Lisbon.", "Lisbon."), ("Lisbon!", "You live in Lisbon."), ("Kuro Sato", "I am Kuro Sato.")]
+)
+def test_a_correction_of_a_word_or_two_may_be_said(feedback: str, text: str) -> None:
+    assert fault(generation(text), "Where do I live?", feedback) is None
+
+
 def test_a_short_feedback_counts_as_quoted_only_whole() -> None:
     assert quotes("Okay: be very brief!", "Be very brief.")
     assert not quotes("Be kind and very brief.", "Be very brief.")

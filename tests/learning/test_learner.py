@@ -65,6 +65,15 @@ async def test_the_engine_gets_the_reply_its_hindsight_rollouts_and_anchors(scho
     assert payload.feedback_ids == tuple(row.id for row in await school.feedback.by_request("lesson-1"))
 
 
+async def test_a_lesson_of_as_many_replies_as_may_be_sent_does_not_overflow_the_queue(school: School) -> None:
+    for n in range(64):
+        await school.rollout(f"chatcmpl-{n}")
+    training = {"hindsight_rollouts": 8}
+    items = [FeedbackItem(feedback="Be Kuro.", completion_id=f"chatcmpl-{n}", training=training) for n in range(64)]
+    assert 64 * 8 > school.inference.max_running
+    assert (await school.learner.learn(lesson(*items))).batch_size == 64
+
+
 @pytest.mark.parametrize(("reply", "own_replies", "taught"), [("I am Kuro.", False, False), ("I am Kuro.", True, True), ("", False, True)])
 async def test_own_replies_are_taught_where_asked_or_where_no_rollout_is_good(
     school: School, reply: str, own_replies: bool, taught: bool

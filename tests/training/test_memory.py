@@ -156,12 +156,12 @@ def test_a_step_of_an_8b_model_fits_into_22_gib_with_its_weights() -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps", "cpu"])
-def test_large_models_compute_layers_twice_everywhere_and_small_ones_for_long_samples_on_a_gpu(device: str) -> None:
+def test_large_models_compute_layers_twice_and_small_ones_for_long_samples(device: str) -> None:
     assert checkpointed(sized(qwen3_8b(), device), 1)
     small = sized(Qwen3Config(**SIZES), device)
     assert small.n_params < CHECKPOINTED_FROM_PARAMS
     fit = MICRO_BATCH_TOKENS * MAX_GRAPH_BYTES // activation_bytes(small, MICRO_BATCH_TOKENS, twice=False)
-    assert [checkpointed(small, tokens) for tokens in (1, fit - 1, fit + 2)] == [False, False, device != "cpu"]
+    assert [checkpointed(small, tokens) for tokens in (1, fit - 1, fit + 2)] == [False, False, True]
 
 
 class Allocator:
