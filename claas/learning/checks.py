@@ -59,15 +59,17 @@ async def find_collapse(
 ) -> str | None:
     """Why the candidate must not serve; None if it is sound. A reply under `min_logprob` nats a token for the base model is garbage.
 
-    The parent is asked only where the candidate looks bad: what was bad before is not held against it.
+    Parent and base model are asked only where the candidate looks bad: what was bad before, or what the base model itself cannot answer,
+    told or not, is not held against it.
     """
 
     async def trial(question: Question) -> str | None:
-        reply = await _reply(inference, question, candidate)
+        reply = await _reply(inference, question, candidate, question.messages)
         if (fault := await _fault(inference, question, reply, min_logprob)) is None:
             return None
-        if await _fault(inference, question, await _reply(inference, question, parent), min_logprob) is not None:
-            return None
+        for other, messages in ((parent, question.messages), (None, question.messages), (None, question.told)):
+            if await _fault(inference, question, await _reply(inference, question, other, messages), min_logprob) is not None:
+                return None
         return f"the new version's reply to {question.whose} {question.prompt[:80]!r} is {fault}: {reply.text[:80]!r}"
 
     found = await asyncio.gather(*map(trial, asked))
@@ -94,10 +96,12 @@ def _loops(ids: Sequence[int]) -> bool:
     return len(ids) >= LOOP_TOKENS and len(set(runs)) < MIN_NEW_RUNS * len(runs)
 
 
-async def _reply(inference: InferenceBackend, question: Question, adapter: LoraRuntimeRef) -> Generation:
+async def _reply(
+    inference: InferenceBackend, question: Question, adapter: LoraRuntimeRef | None, messages: tuple[ChatMessage, ...]
+) -> Generation:
     return await inference.complete(
         GenerationRequest(
-            messages=question.messages,
+            messages=messages,
             template_kwargs=question.template_kwargs,
             adapter=adapter,
             sampling=SamplingParams(temperature=0.0, max_tokens=CHECK_TOKENS),

@@ -36,13 +36,12 @@ def taught(version: int, *samples: DistillBatchItem) -> TaughtLesson:
     return TaughtLesson(lora_id=LORA, version=version, parent=version - 1, feedback_ids=(), training=TrainingConfig(), samples=samples)
 
 
-def serving(said: dict[str, str], *, parent: dict[str, str] | None = None) -> CharInference:
-    """The candidate answers these prompts with these texts; all else, and the parent, is sound."""
+def serving(said: dict[str, str], *, parent: dict[str, str] | None = None, base: dict[str, str] | None = None) -> CharInference:
+    """The candidate answers these prompts with these texts; all else, parent and base model too, is sound."""
 
     def reply(request: GenerationRequest) -> str:
-        assert request.adapter is not None
-        script = said if request.adapter == CANDIDATE else parent or {}
-        return script.get(request.messages[-1].content or "", SOUND)
+        scripts = {CANDIDATE: said, PARENT: parent or {}, None: base or {}}
+        return scripts[request.adapter].get(request.messages[-1].content or "", SOUND)
 
     inference = CharInference(reply)
     inference.garbage = (GARBAGE,)
@@ -87,6 +86,16 @@ async def test_a_collapse_is_found_named_and_not_blamed_on_a_version_whose_paren
     assert reason is not None
     assert f"reply to {whose} prompt {prompt!r} {says}" in reason
     assert await found(serving({prompt: text}, parent={prompt: "again and again " * 4})) is None
+
+
+@pytest.mark.parametrize("told", [False, True])
+async def test_what_the_base_model_cannot_answer_itself_is_not_held_against_a_version(told: bool) -> None:
+    loop = "again and again " * 4
+    (question,) = (q for q in ASKED if q.prompt == "Bye!")
+    asked = (question.told if told else question.messages)[-1].content
+    assert asked is not None
+    assert await found(serving({"Bye!": loop}, base={asked: loop})) is None
+    assert await found(serving({"Bye!": loop}, base={BICYCLE: loop})) is not None
 
 
 @pytest.mark.parametrize(
