@@ -72,7 +72,7 @@ class _CallerLeft(Exception):  # noqa: N818
 
 
 class Guard:
-    """The ASGI app. `reload` shows what others wrote under `mount`, blocking; `gone` is called when vLLM is found dead.
+    """The ASGI app. `reload` shows what others wrote under `mount`, blocking; `gone` is called when vLLM is found dead, blocking too.
 
     Raises ConfigurationError without a key.
     """
@@ -162,7 +162,7 @@ class Guard:
         give_up = time.monotonic() + self._ready_timeout_s
         while not self._ready:
             if not self._vllm.alive():
-                raise self._dead()
+                raise await self._dead()
             if await self._healthy():
                 self._ready = True
             elif time.monotonic() > give_up:
@@ -205,14 +205,14 @@ class Guard:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except aiohttp.ClientError as error:
-            dead = self._dead()
+            dead = await self._dead()
             if begun:
                 raise
             raise dead from error
 
-    def _dead(self) -> _Refused:
+    async def _dead(self) -> _Refused:
         if not self._vllm.alive():
-            self._gone()
+            await asyncio.to_thread(self._gone)
         return _Refused(503, "vLLM has ended, or does not answer: another one is started", **{"retry-after": str(RETRY_AFTER_S)})
 
 

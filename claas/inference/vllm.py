@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class VllmServer:
+class VllmPeer:
     """A vLLM: where it is, and how this service gets on with it.
 
     `policy`: how it makes room for a step. `folder`: where adapters are; None: their refs say it, and other services use it too.
@@ -51,10 +51,10 @@ class VllmServer:
     on_demand: bool = False
 
 
-def vllm_of(settings: Settings) -> VllmServer:
+def vllm_of(settings: Settings) -> VllmPeer:
     """The one that the operator runs, at `vllm_base_url`."""
     assert settings.vllm_base_url is not None
-    return VllmServer(
+    return VllmPeer(
         url=settings.vllm_base_url,
         api_key=_secret(settings.vllm_api_key),
         policy=settings.vllm_release,
@@ -65,9 +65,9 @@ def vllm_of(settings: Settings) -> VllmServer:
     )
 
 
-def vllm_on_modal(settings: Settings, url: str) -> VllmServer:
+def vllm_on_modal(settings: Settings, url: str) -> VllmPeer:
     """The one of the app on Modal, at `url`: it has a GPU of its own and the Volume in sight, and ends when nobody asks it anything."""
-    return VllmServer(
+    return VllmPeer(
         url=url.rstrip("/"),
         api_key=_secret(settings.vllm_api_key),
         policy="none",
@@ -88,7 +88,7 @@ class VllmInference(InferenceBackend):
 
     kind: Literal["vllm"] = "vllm"
 
-    def __init__(self, server: VllmServer, tokenizer: PreTrainedTokenizerBase, memory: DeviceMemory) -> None:
+    def __init__(self, server: VllmPeer, tokenizer: PreTrainedTokenizerBase, memory: DeviceMemory) -> None:
         self._server = server
         self._http = VllmHttp(server.url, server.api_key)
         self._adapters = VllmAdapters(self._http, server.max_adapters, server.folder)

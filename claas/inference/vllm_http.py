@@ -92,10 +92,7 @@ class VllmHttp:
             if response.status != 303:
                 break
             response.release()
-            there = url.join(URL(response.headers.get("location", "")))
-            if there.origin() != url.origin():  # the key and the prompt's answer are for nobody else
-                raise BackendUnavailable("vLLM's address sends on to another one: set VLLM_BASE_URL to where it serves")
-            response = await self._reach("GET", there, None)
+            response = await self._reach("GET", _same_server(url, response.headers.get("location", "")), None)
         if response.status < 300:
             return response
         async with response:
@@ -112,6 +109,17 @@ class VllmHttp:
             return await self._session.request(method, url, json=body, allow_redirects=False)
         except aiohttp.ClientError as error:
             raise VllmDown("vLLM does not answer: it is starting, stopped, or somewhere else than VLLM_BASE_URL says") from error
+
+
+def _same_server(url: URL, location: str) -> URL:
+    """Where an answer is asked for. Raises BackendUnavailable for another server: the key and the reply are not for it."""
+    try:
+        there = url.join(URL(location))
+    except ValueError:
+        there = URL()
+    if (there.scheme, there.host, there.port) != (url.scheme, url.host, url.port):
+        raise BackendUnavailable("vLLM's address sends on to another one: set VLLM_BASE_URL to where it serves")
+    return there
 
 
 def _probed_socket(address: aiohttp.AddrInfoType) -> socket.socket:
