@@ -28,6 +28,7 @@ settings = load_settings(distill_execution_mode="modal")
 environment = settings.modal_environment
 adapters = modal.Volume.from_name(f"{settings.modal_app}-adapters", environment_name=environment, create_if_missing=True)
 models = modal.Volume.from_name(f"{settings.modal_app}-models", environment_name=environment, create_if_missing=True)
+leases = modal.Dict.from_name(f"{settings.modal_app}-leases", environment_name=environment, create_if_missing=True)
 secrets = [modal.Secret.from_name(name, environment_name=environment) for name in settings.modal_secrets]
 ADAPTERS, MODELS = settings.modal_volume_path, settings.modal_models_path
 app = modal.App(settings.modal_app, tags=tags_of(settings), include_source=False)
@@ -49,10 +50,16 @@ class DistillWorker:
 
     @modal.enter(snap=True)
     def load(self) -> None:
-        """The base model, in host memory: what the snapshot holds, of which later containers start."""
+        """The base model, in host memory: what the snapshot holds, from which later containers start.
+
+        With `.local()` there is neither Volume nor Dict: adapters are in the folder that the settings name.
+        """
         from claas.training.engine.modal_worker import Worker
 
-        self._worker = Worker(settings)
+        if modal.is_local():
+            self._worker = Worker(settings.model_copy(update={"modal_volume_path": settings.adapters_dir}))
+        else:
+            self._worker = Worker(settings, adapters, leases)
 
     @modal.enter(snap=False)
     def start(self) -> None:
