@@ -12,13 +12,17 @@ that a head that is one behind still leads to the newest.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
+
+from claas.adapters.modal_errors import modal_errors
+from claas.core.errors import AdapterBusy, BackendUnavailable, ClaasError
 
 if TYPE_CHECKING:
     import modal

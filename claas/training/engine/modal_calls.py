@@ -11,6 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Literal
 
 import aiohttp
@@ -45,14 +46,15 @@ log = logging.getLogger(__name__)
 
 
 class ModalCalls:
-    """Calls of the worker of the app that the settings name."""
+    """Calls of the worker of the app that the settings name. `client` None: the one of this process."""
 
-    def __init__(self, settings: Settings, signs: modal.Dict) -> None:
+    def __init__(self, settings: Settings, signs: modal.Dict, client: modal.Client | None = None) -> None:
         self._app = settings.modal_app
         self._environment = settings.modal_environment
         self._start_timeout_s = settings.modal_start_timeout_s
         self._timeout_s = settings.modal_timeout_s
         self._signs = signs
+        self._client = client
         self._worker: Any = None
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -113,7 +115,7 @@ class ModalCalls:
 
     def _looked_up(self) -> Any:
         if self._worker is None:
-            self._worker = modal.Cls.from_name(self._app, WORKER, environment_name=self._environment)
+            self._worker = modal.Cls.from_name(self._app, WORKER, environment_name=self._environment, client=self._client)
         return self._worker
 
     def _behind(self, work: Coroutine[Any, Any, None]) -> None:
