@@ -15,7 +15,7 @@ from claas.adapters.modal_errors import is_blip, modal_errors
 
 if TYPE_CHECKING:
     import modal
-    from modal.volume import FileEntry
+    from modal.types import FileEntry
 
 _TRIES = 3
 _PAUSE_S = 0.3
@@ -37,7 +37,7 @@ class VolumeFiles:
     def listed(self, folder: str) -> dict[str, Entry]:
         """All files in and under a folder, by their path from it; none where there is no such folder."""
         from modal.exception import NotFoundError
-        from modal.volume import FileEntryType
+        from modal.types import FileEntryType
 
         try:
             entries = self._entries(folder)

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 LEFT_OVER_S = 3600.0
 """Half-written things of this age are nobody's any more."""
 
+SETTLED_S = 120.0
+"""A manifest of this age is remembered. Files are dated by the second: within one, an adapter may be deleted and made anew."""
+
 
 class ModalVolumeStore(AdapterStore):
     """Keeps `keep_versions` versions of each adapter, as the store on disk does. What was read lies in `cache`: no other store's."""
@@ -163,7 +166,9 @@ class ModalVolumeStore(AdapterStore):
             content = self._files.read(path)
             if content is None:
                 return None
-            manifest = self._manifests[path, own] = AdapterVersion.model_validate_json(content)
+            manifest = AdapterVersion.model_validate_json(content)
+            if self._now() - own.changed_at > SETTLED_S:
+                self._manifests[path, own] = manifest
         return manifest if sum(entry.size for entry in files.values()) == manifest.size_bytes else None
 
     def path(self, lora_id: str, version: int) -> Path:
