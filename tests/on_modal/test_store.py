@@ -127,14 +127,18 @@ def test_an_adapter_made_anew_is_not_taken_for_the_old_one(world: World) -> None
 
 
 def test_a_version_of_an_adapter_that_was_made_anew_is_not_published(world: World) -> None:
+    """Though both have the same number."""
+
     def make_anew() -> None:
         world.two.delete("me/a")
         world.two.create("me/a", "base")
-        world.two.set_latest("me/a", publish(world.two))
+        world.two.set_latest("me/a", publish(world.two, b"of the new one"))
+        publish(world.two, b"of the new one")
 
     with pytest.raises(NotFound, match="deleted meanwhile"):
         publish(world.one, b"of the old one", meanwhile=make_anew)
-    assert numbers(world.two) == [0]
+    assert numbers(world.two) == [0, 1]
+    assert (world.service("three").path("me/a", 1) / WEIGHTS).read_bytes() == b"of the new one"
 
 
 def test_half_an_adapter_does_not_block_its_id(world: World) -> None:
