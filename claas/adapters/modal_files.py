@@ -83,15 +83,19 @@ class VolumeFiles:
         from modal.exception import ExecutionError
 
         with modal_errors():
-            try:
-                to.writelines(self._volume.read_file(path))
-            except FileNotFoundError:
-                return False
-            except ExecutionError:
-                if self.listed(path):
-                    raise
-                return False  # removed while it was read
-        return True
+            for tried in range(1, _TRIES + 1):
+                to.seek(0)
+                to.truncate()
+                try:
+                    to.writelines(self._volume.read_file(path))
+                except FileNotFoundError:
+                    return False
+                except ExecutionError:  # it was replaced or removed while it was read
+                    if tried == _TRIES:
+                        raise
+                else:
+                    return True
+        raise AssertionError("returned or raised")
 
     def write(self, files: Mapping[str, bytes | Path], *, replace: bool = True) -> None:
         """Write files, all or none of them. Raises FileExistsError if `replace` is False and one is there, StorageFull."""

@@ -17,7 +17,7 @@ from claas.core.errors import BackendUnavailable, Conflict, NotFound, StorageFul
 from claas.core.types import AdapterVersion
 from tests.adapters.stores import Clock
 from tests.modal_server.server import ModalDouble
-from tests.on_modal.lossy import SDK_GIVES_UP, lose_answers
+from tests.on_modal.lossy import SDK_GIVES_UP, lose_answers, meanwhile
 
 WRITES = ["VolumePutFiles2", "VolumeRemoveFile2"]
 
@@ -66,6 +66,10 @@ def publish(
         (staging.path / CONFIG).write_bytes(b"{}")
         meanwhile()
     return staging.version
+
+
+def replace(path: Path, content: str) -> None:
+    path.write_text(content)
 
 
 def numbers(store: ModalVolumeStore) -> list[int]:
@@ -276,6 +280,15 @@ def test_reading_survives_a_blip_and_says_so_when_it_lasts(world: World) -> None
     world.server.faults.unavailable("VolumeListFiles2", times=SDK_GIVES_UP)
     with pytest.raises(BackendUnavailable, match="cannot be reached"):
         world.one.latest("me/a")
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_anew(world: World) -> None:
+    latest = world.on_volume / "me~a" / "latest"
+    meanwhile(world.server, "VolumeGetFile2", lambda: replace(latest, "10"))
+    assert world.two.latest("me/a") == 10
+    meanwhile(world.server, "VolumeGetFile2", latest.unlink)
+    with pytest.raises(NotFound, match="no version yet"):
+        world.two.latest("me/a")
 
 
 def test_the_id_of_another_service_is_taken(world: World) -> None:
