@@ -41,6 +41,8 @@ class Container:
     ready: bool = False
     # It gets no more inputs, and ends once those that it has are done.
     retired: bool = False
+    # Its machine was wanted elsewhere: what it ran begins anew on another.
+    preempted: bool = False
     served: int = 0
     idle_since: float = field(default_factory=time.monotonic)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -179,8 +181,12 @@ class Containers:
             await container.process.wait()
         finally:
             container.ended.set()
-        for entry in list(container.running.values()):
-            await self._calls.finish(entry, self._faults.crash, task_id=container.task_id)
+        unfinished = [entry for entry in container.running.values() if not entry.done]
+        if container.preempted:
+            self._waiting[container.function.id].extendleft(reversed(unfinished))
+        else:
+            for entry in unfinished:
+                await self._calls.finish(entry, self._faults.crash, task_id=container.task_id)
         if not container.ready and not container.retired:
             text = f"the container ended before it was ready:\n{self._launcher.log(container.task_id)[-2000:]}"
             await self._fail_waiting(container.function.id, pb.GenericResult(status=INIT_FAILURE, exception=text))

@@ -12,7 +12,10 @@ from modal_proto import api_pb2 as pb
 
 from tests.modal_server.rpc import refuse
 
-FAILED = pb.GenericResult.GENERIC_STATUS_INTERNAL_FAILURE
+
+def crashed() -> pb.GenericResult:
+    """What becomes of an input by default when its container dies."""
+    return pb.GenericResult(status=pb.GenericResult.GENERIC_STATUS_INTERNAL_FAILURE, exception="the container ended unexpectedly")
 
 
 @dataclass
@@ -41,7 +44,7 @@ class Faults:
     # No outputs are there any more, as a week later.
     outputs_expired: bool = False
     # What becomes of an input whose container dies.
-    crash: pb.GenericResult = field(default_factory=lambda: pb.GenericResult(status=FAILED, exception="the container ended unexpectedly"))
+    crash: pb.GenericResult = field(default_factory=crashed)
     _refusals: dict[str, _Refusal] = field(default_factory=dict)
     _delays: dict[str, _Delay] = field(default_factory=dict)
     _results: list[pb.GenericResult] = field(default_factory=list)
@@ -65,6 +68,7 @@ class Faults:
     def clear(self) -> None:
         """Nothing goes wrong any more."""
         self.no_containers = self.outputs_expired = False
+        self.crash = crashed()
         self._refusals.clear()
         self._delays.clear()
         self._results.clear()

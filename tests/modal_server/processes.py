@@ -54,8 +54,9 @@ class MountPoints:
 async def start(binds: list[Bind], environment: dict[str, str], folder: Path, log: Path) -> asyncio.subprocess.Process:
     """The SDK's own container entry point, in this folder, with only these variables."""
     steps = [step for bind in binds for step in _steps(bind)]
-    # The way back into the folder is new: it may lie under a mount.
-    script = " && ".join([*steps, f"cd {shlex.quote(str(folder))}", f"exec {shlex.quote(sys.executable)} -m modal._container_entrypoint"])
+    # Not `exec`: the first process of a namespace is deaf to signals from within.
+    entry = f"{shlex.quote(sys.executable)} -m modal._container_entrypoint"
+    script = " && ".join([*steps, f"cd {shlex.quote(str(folder))}", entry]) + "; exit $?"
     with log.open("wb") as out:
         return await asyncio.create_subprocess_exec(
             *_ISOLATED, "sh", "-c", script, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True

@@ -96,7 +96,7 @@ class ControlPlane:
 
     async def _serve(self, name: str, stream: grpclib.server.Stream[Any, Any]) -> None:
         self.calls[name] += 1
-        headers = stream.metadata or {}
+        headers: Mapping[str, Any] = stream.metadata or {}
         request = await stream.recv_message()
         await self._gate.admit(name, headers)
         caller = Caller(task_id=_text(headers.get("x-task-id")))
