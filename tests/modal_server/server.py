@@ -57,7 +57,7 @@ class ModalDouble:
         self.function_calls = Calls(ids, self.functions, self.faults)
         self._launcher = Launcher(folder / "tasks", self.images, self.mounts, self.secrets, self.volumes, dict(env or {}), scaledown_s)
         self.containers = Containers(ids, self.functions, self.function_calls, self.apps, self.faults, self._launcher)
-        self.volumes.watch_open_files(self.containers.inodes)
+        self.volumes.watch_open_files(self.containers.open_files)
         self.fronts.serve(self.function_calls)
         self._plane = self._control_plane()
         self._clients: list[modal.Client] = []
