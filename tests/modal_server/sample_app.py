@@ -20,7 +20,7 @@ base = modal.Image.debian_slim(python_version="3.11").uv_pip_install("einops==0.
 image = base.env({"SAMPLE_GREETING": "good day", "SAMPLE_MOUNT": MOUNT})
 volume = modal.Volume.from_name("sample-files", create_if_missing=True, version=2)
 secret = modal.Secret.from_dict({"SAMPLE_SECRET": "hush"})
-app = modal.App(NAME, image=image, secrets=[secret])
+app = modal.App(NAME, image=image, secrets=[secret], tags={"sample": "v1"})
 
 
 class SampleError(Exception):
@@ -128,6 +128,11 @@ async def _asgi(scope: dict[str, Any], receive: Callable[[], Awaitable[Any]], se
 async def _chunks(scope: dict[str, Any], body: bytes) -> AsyncIterator[bytes]:
     yield scope["method"].encode() + b" " + scope["path"].encode() + b"?" + scope["query_string"] + b"\n"
     yield body
+    if scope["path"] == "/write":
+        try:
+            (Path(MOUNT) / "forbidden").write_text("x")
+        except OSError as exc:
+            yield str(exc.strerror).encode()
     if scope["path"] == "/slow":
         for number in range(3):
             await asyncio.sleep(0.4)

@@ -25,6 +25,13 @@ def test_what_an_app_declares_is_there_to_be_seen(server: ModalDouble) -> None:
     assert server.images.environment(worker.definition.image_id)["SAMPLE_GREETING"] == "good day"
 
 
+def test_the_tags_of_an_app_are_read_and_changed(client: modal.Client) -> None:
+    app = modal.App.lookup("sample", client=client)
+    assert app.get_tags() == {"sample": "v1"}
+    app.set_tags({"sample": "v2"})
+    assert app.get_tags() == {"sample": "v2"}
+
+
 def test_redeploying_replaces_containers_and_keeps_the_app(server: ModalDouble, worker: modal.cls.Obj) -> None:
     before = server.apps.deployed("sample")
     first = worker.describe.remote("a")["task"]

@@ -30,6 +30,12 @@ def test_a_blip_is_survived(server: ModalDouble, worker: modal.cls.Obj) -> None:
     assert server.calls["FunctionMap"] - before == 3
 
 
+def test_a_lost_answer_was_done_all_the_same(server: ModalDouble, client: modal.Client) -> None:
+    entries = modal.Dict.from_name("lossy", create_if_missing=True, client=client)
+    server.faults.lose_answer("DictUpdate")
+    assert entries.put("key", 1, skip_if_exists=True) is False and entries["key"] == 1
+
+
 def test_no_credit_is_said_in_modals_words(server: ModalDouble, worker: modal.cls.Obj) -> None:
     server.faults.refuse("FunctionMap", Status.RESOURCE_EXHAUSTED, "Workspace spend limit reached")
     with pytest.raises(modal.exception.ResourceExhaustedError, match="spend limit"):

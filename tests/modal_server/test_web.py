@@ -34,6 +34,10 @@ def test_an_answer_streams_chunk_by_chunk(url: str) -> None:
     assert len(seen) >= 4 and seen[-1] - seen[0] > 0.8
 
 
+def test_a_volume_mounted_to_be_read_is_not_written(url: str) -> None:
+    assert httpx.get(f"{url}/write", timeout=60).text.endswith("Read-only file system")
+
+
 async def test_requests_share_the_one_container(server: ModalDouble, url: str) -> None:
     async with httpx.AsyncClient(timeout=60) as http:
         begun = time.monotonic()
