@@ -39,7 +39,7 @@ def main() -> None:
     worker = DistillWorker()
     asyncio.run(make_adapter(LORA))
     said = [worker.distill.local(lesson(LORA)), worker.distill.local(lesson("me/nobody")), worker.health.local()]
-    print(json.dumps([json.loads(text) for text in said]))
+    sys.stdout.write(json.dumps([json.loads(text) for text in said]))
 
 
 if __name__ == "__main__":

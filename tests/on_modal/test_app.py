@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from claas.core.settings import Settings, load_settings
+from claas.core.settings import Settings
 from claas.training.engine import modal_image
 from claas.training.engine.modal_image import BAKED, container_environment
 

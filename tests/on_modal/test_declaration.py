@@ -81,7 +81,7 @@ def test_vllm(cloud: ModalDouble) -> None:
 
 def test_the_service(cloud: ModalDouble) -> None:
     api = functions(cloud)["api"]
-    assert not api.resources.gpu_config.gpu_type and secrets(cloud, api) == {"HF_TOKEN": "t"}
+    assert not api.resources.gpu_config.gpu_type and secrets(cloud, api) == {"HF_TOKEN": "t", "VLLM_API_KEY": "k"}
     assert api.web_url and set(functions(cloud)) == {"DistillWorker.*", "VllmServer.*", "api"}
 
 
