@@ -1,0 +1,168 @@
+"""What `claas modal` and `claas doctor` ask of Modal through its SDK: the app, its functions, Volumes and secret. Only `ask_worker` starts a container.
+
+The SDK is imported inside the functions: it takes a moment, and is an extra.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from typing import Any
+
+from claas.adapters.modal_errors import as_ours
+from claas.core.errors import ConfigurationError
+from claas.core.settings import Settings
+
+WORKER = "DistillWorker"
+SERVER = "VllmServer"
+_MANIFEST = re.compile(r"(?:.*/)?([^/]+)/v[0-9]+/manifest\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionState:
+    """A function of the deployed app: the containers that it has now, and the calls that wait for one."""
+
+    name: str
+    containers: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeState:
+    """The Volume of the adapters: complete versions, and the bytes of all files."""
+
+    name: str
+    adapters: int
+    versions: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AppState:
+    """The app as Modal has it."""
+
+    app: str
+    state: str
+    version: int | None
+    deployed_at: datetime | None
+    deployed_by: str | None
+    functions: tuple[FunctionState, ...]
+    tags: dict[str, str]
+
+    @property
+    def deployed(self) -> bool:
+        return self.state == "deployed"
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "deployed_at": self.deployed_at.astimezone(UTC).isoformat() if self.deployed_at else None}
+
+
+def adapters_volume(settings: Settings) -> str:
+    return f"{settings.modal_app}-adapters"
+
+
+def models_volume(settings: Settings) -> str:
+    return f"{settings.modal_app}-models"
+
+
+def leases_dict(settings: Settings) -> str:
+    return f"{settings.modal_app}-leases"
+
+
+def key_secret(settings: Settings) -> str:
+    return f"{settings.modal_app}-key"
+
+
+def require_sdk() -> None:
+    """Raises ConfigurationError where the extra is missing."""
+    if find_spec("modal") is None:
+        raise ConfigurationError("Modal's SDK is missing: pip install 'claas[local,modal]'")
+
+
+def app_state(settings: Settings) -> AppState | None:
+    """None where no such app is deployed.
+
+    Raises:
+        ConfigurationError: no token, or a wrong one.
+        BackendUnavailable: Modal cannot be reached.
+    """
+    require_sdk()
+    import modal
+
+    with as_ours():
+        try:
+            app = modal.App.lookup(settings.modal_app, environment_name=settings.modal_environment)
+        except modal.exception.NotFoundError:
+            return None
+        info = app.info(refresh=True)
+        functions = tuple(_function_state(name, function_id) for name, function_id in sorted(info.functions.items()))
+        tags = dict(app.get_tags())
+    lifecycle = info.lifecycle
+    state = AppState(
+        settings.modal_app, lifecycle.state.value, lifecycle.version, lifecycle.deployed_at, lifecycle.deployed_by, functions, tags
+    )
+    return state if state.deployed else None
+
+
+def _function_state(name: str, function_id: str) -> FunctionState:
+    """A class is listed as `DistillWorker.*`: all its methods share their containers."""
+    import modal
+
+    now = modal.Function.from_id(function_id).get_current_stats()
+    return FunctionState(name.removesuffix(".*"), now.num_total_runners, now.backlog)
+
+
+def volume_state(settings: Settings) -> VolumeState | None:
+    """None where there is no such Volume."""
+    require_sdk()
+    import modal
+
+    name = adapters_volume(settings)
+    with as_ours():
+        try:
+            entries = modal.Volume.from_name(name, environment_name=settings.modal_environment).listdir("/", recursive=True)
+        except modal.exception.NotFoundError:
+            return None
+    files = [entry for entry in entries if entry.type == modal.volume.FileEntryType.FILE]
+    versions = [match[1] for entry in files if (match := _MANIFEST.fullmatch(entry.path))]
+    return VolumeState(name, len(set(versions)), len(versions), sum(entry.size for entry in files))
+
+
+def ask_worker(settings: Settings) -> dict[str, Any]:
+    """What the worker says of itself. Starts a GPU container if none runs, which takes minutes and is paid for."""
+    require_sdk()
+    import modal
+
+    with as_ours():
+        worker = modal.Cls.from_name(settings.modal_app, WORKER, environment_name=settings.modal_environment)()
+        answer: dict[str, Any] = json.loads(worker.health.remote())
+    return answer
+
+
+def stop_app(settings: Settings) -> bool:
+    """Whether there was one to stop."""
+    require_sdk()
+    import modal
+
+    with as_ours():
+        try:
+            modal.App.lookup(settings.modal_app, environment_name=settings.modal_environment).stop()
+        except modal.exception.NotFoundError:
+            return False
+    return True
+
+
+def delete_everything(settings: Settings) -> None:
+    """All that the app kept: adapters, the leases on them, fetched models, vLLM's key."""
+    require_sdk()
+    import modal
+
+    where = settings.modal_environment
+    with as_ours():
+        for name in (adapters_volume(settings), models_volume(settings)):
+            modal.Volume.objects.delete(name, allow_missing=True, environment_name=where)
+        modal.Dict.objects.delete(leases_dict(settings), allow_missing=True, environment_name=where)
+        modal.Secret.objects.delete(key_secret(settings), allow_missing=True, environment_name=where)
