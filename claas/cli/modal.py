@@ -45,7 +45,9 @@ def deploy(
 
 @app.command()
 def status(
-    ask: Annotated[bool, typer.Option("--ask", help="Ask the worker too: starts a GPU container if none runs, which is paid for.")] = False,
+    ask: Annotated[
+        bool, typer.Option("--ask", help="Ask the worker too: starts a GPU container if none is free, which is paid for.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what is deployed, what runs, and the adapters there.
@@ -78,10 +80,12 @@ def logs_hint() -> None:
 
 @app.command()
 def destroy(
-    adapters: Annotated[bool, typer.Option("--adapters", help="Delete the adapters too, and all else; asks for the app's name. Cannot be undone.")] = False,
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="Delete the adapters too, and all else; asks for the app's name. Cannot be undone.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before the app is stopped.")] = False,
 ) -> None:
-    """Stop the app, and what runs of it. Adapters stay, unless [bold]--adapters[/bold].
+    """Stop the app, and what runs of it. Adapters stay, unless --adapters.
 
     Lessons that are being trained are lost, their feedback is kept. Deploying again brings everything back.
     """

@@ -12,12 +12,14 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from typing import Any
 
+from claas import __version__
 from claas.adapters.modal_errors import as_ours
 from claas.core.errors import ConfigurationError
 from claas.core.settings import Settings
 
 WORKER = "DistillWorker"
 SERVER = "VllmServer"
+_TAG_CHARS = 63  # all that Modal allows, of letters, digits, ".", "_" and "-"
 _MANIFEST = re.compile(r"(?:.*/)?([^/]+)/v[0-9]+/manifest\.json")
 
 
@@ -76,6 +78,20 @@ def key_secret(settings: Settings) -> str:
     return f"{settings.modal_app}-key"
 
 
+def tags_of(settings: Settings) -> dict[str, str]:
+    """What a deployment tells of itself without a container: the versions, and the settings that lessons depend on."""
+    from claas.training.engine.modal_wire import SCHEMA
+
+    told = {
+        "claas": __version__,
+        "schema": str(SCHEMA),
+        "model": base_model(settings),
+        "gpu": settings.modal_gpu,
+        "serving": settings.modal_serving,
+    }
+    return {name: re.sub(r"[^A-Za-z0-9._-]", "_", value)[-_TAG_CHARS:] for name, value in told.items()}
+
+
 def require_sdk() -> None:
     """Raises ConfigurationError where the extra is missing."""
     if find_spec("modal") is None:
@@ -129,6 +145,17 @@ def volume_state(settings: Settings) -> VolumeState | None:
     files = [entry for entry in entries if entry.type == modal.volume.FileEntryType.FILE]
     versions = [match[1] for entry in files if (match := _MANIFEST.fullmatch(entry.path))]
     return VolumeState(name, len(set(versions)), len(versions), sum(entry.size for entry in files))
+
+
+def vllm_url(settings: Settings) -> str:
+    """Where the guard in front of vLLM is reached. Asks Modal's control plane, no container."""
+    require_sdk()
+    import modal
+
+    with as_ours():
+        server = modal.Cls.from_name(settings.modal_app, SERVER, environment_name=settings.modal_environment)()
+        url: str = server.web.get_web_url()
+    return url
 
 
 def ask_worker(settings: Settings) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from claas.adapters.modal_errors import as_ours
-from claas.cli.modal_cloud import SERVER, WORKER, adapters_volume, key_secret, leases_dict, models_volume, require_sdk
+from claas.cli.modal_cloud import SERVER, WORKER, adapters_volume, key_secret, leases_dict, models_volume, require_sdk, tags_of
 from claas.core.errors import ConfigurationError
 from claas.core.modal_prices import price_per_second
 from claas.core.settings import Settings
@@ -46,7 +46,7 @@ def plan(settings: Settings) -> Iterator[Planned]:
     yield _priced(settings, WORKER, "trains lessons, one at a time", settings.modal_gpu, settings.modal_max_containers)
     if settings.modal_serving == "vllm":
         yield _priced(settings, SERVER, "answers, behind its key", settings.modal_vllm_gpu, 1)
-    yield Planned("function", "api", "the service itself, for who has PostgreSQL; unused, it costs nothing")
+    yield Planned("function", "api", "the service itself, where PostgreSQL is")
     yield Planned("volume", adapters_volume(settings), "adapters")
     yield Planned("volume", models_volume(settings), "base models, fetched once")
     yield Planned("dict", leases_dict(settings), "who writes to which adapter")
@@ -94,6 +94,7 @@ def deploy_app(settings: Settings) -> str:
     from claas.training.engine.modal_app import app
 
     with as_ours(), modal.enable_output():
-        app.deploy(environment_name=settings.modal_environment)
-        url: str = app.get_dashboard_url()
+        deployed = app.deploy(environment_name=settings.modal_environment)
+        deployed.set_tags(tags_of(settings))
+        url: str = deployed.get_dashboard_url()
     return url
