@@ -28,10 +28,10 @@ def deploy(
     """
     from rich.console import Console
 
-    from claas.cli import modal_deploy, modal_view
+    from claas.cli import modal_cloud, modal_deploy, modal_view
 
     settings = _settings()
-    modal_deploy.require_sdk()
+    modal_cloud.require_sdk()
     Console(highlight=False).print(modal_view.plan_table(settings, modal_deploy.plan(settings)))
     if dry_run:
         return
@@ -45,9 +45,7 @@ def deploy(
 
 @app.command()
 def status(
-    ask: Annotated[
-        bool, typer.Option("--ask", help="Ask the worker too: starts a GPU container if none is free, which is paid for.")
-    ] = False,
+    ask: Annotated[bool, typer.Option("--ask", help="Ask the worker too: starts a GPU container, paid for, if none is free.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what is deployed, what runs, and the adapters there.
@@ -80,9 +78,7 @@ def logs_hint() -> None:
 
 @app.command()
 def destroy(
-    adapters: Annotated[
-        bool, typer.Option("--adapters", help="Delete the adapters too, and all else; asks for the app's name. Cannot be undone.")
-    ] = False,
+    adapters: Annotated[bool, typer.Option("--adapters", help="Delete the adapters and all else too, after its name is typed.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before the app is stopped.")] = False,
 ) -> None:
     """Stop the app, and what runs of it. Adapters stay, unless --adapters.

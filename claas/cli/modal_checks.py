@@ -40,9 +40,7 @@ def check_price(settings: Settings) -> Finding:
     gpus = [settings.modal_gpu, *([settings.modal_vllm_gpu] if settings.modal_serving == "vllm" else [])]
     unknown = sorted({gpu for gpu in gpus if price_per_second(settings, gpu) is None})
     if unknown:
-        return Finding(
-            "modal price", "warn", f"no price is known of {', '.join(unknown)}: set it in CLAAS_MODAL_PRICES, in dollars a second"
-        )
+        return Finding("modal price", "warn", f"no price is known of {', '.join(unknown)}: CLAAS_MODAL_PRICES sets it, dollars a second")
     told = ", ".join(f"{gpu} {3600 * (price_per_second(settings, gpu) or 0):.2f}" for gpu in dict.fromkeys(gpus))
     return Finding("modal price", "ok", f"dollars an hour: {told}")
 
@@ -51,10 +49,8 @@ def check_worker(settings: Settings, state: AppState) -> Finding:
     """Whether it was deployed by this version with these settings, which its tags tell."""
     if WORKER not in {function.name for function in state.functions}:
         return Finding("modal worker", "fail", f"the app {state.app!r} has no {WORKER}, so it is not CLaaS's: set CLAAS_MODAL_APP")
-    wanted = tags_of(settings)
-    other = [
-        f"{name} {state.tags.get(name, 'unknown')} instead of {value}" for name, value in wanted.items() if state.tags.get(name) != value
-    ]
+    wanted, there = tags_of(settings), state.tags
+    other = [f"{name} {there.get(name, 'unknown')} instead of {value}" for name, value in wanted.items() if there.get(name) != value]
     if other:
         return Finding("modal worker", "fail", f"deployed with {', '.join(other)}: {DEPLOY}")
     return Finding("modal worker", "ok", ", ".join(wanted.values()))
@@ -72,9 +68,7 @@ def check_vllm_server(settings: Settings, state: AppState) -> Finding:
     if SERVER not in running:
         return Finding("modal vllm", "fail", f"the app was deployed without vLLM: {DEPLOY}, or set CLAAS_MODAL_SERVING=embedded")
     if settings.vllm_api_key is None:
-        return Finding(
-            "modal vllm", "fail", "VLLM_API_KEY is not set: 'claas modal deploy' showed it, 'claas modal deploy --new-key' draws another"
-        )
+        return Finding("modal vllm", "fail", "VLLM_API_KEY is not set: 'claas modal deploy' showed it, its --new-key draws another")
     if not running[SERVER]:
         return Finding("modal vllm", "ok", "no container runs: the first reply waits for one")
     try:

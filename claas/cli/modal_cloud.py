@@ -1,6 +1,6 @@
-"""What `claas modal` and `claas doctor` ask of Modal through its SDK: the app, its functions, Volumes and secret. Only `ask_worker` starts a container.
+"""What `claas modal` and `claas doctor` ask of Modal through its SDK: the app, its functions, Volumes and secret.
 
-The SDK is imported inside the functions: it takes a moment, and is an extra.
+Only `ask_worker` starts a container. The SDK is imported inside the functions: it takes a moment, and is an extra.
 """
 
 from __future__ import annotations
@@ -76,6 +76,12 @@ def leases_dict(settings: Settings) -> str:
 
 def key_secret(settings: Settings) -> str:
     return f"{settings.modal_app}-key"
+
+
+def base_model(settings: Settings) -> str:
+    from claas.models.default_model import DEFAULT_MODEL_ID
+
+    return settings.base_model_id or (DEFAULT_MODEL_ID if settings.modal_serving == "embedded" else "Qwen/Qwen3-8B")
 
 
 def tags_of(settings: Settings) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What `claas modal deploy` does: says what will be made, makes the key of vLLM, deploys the app.
 
-The key is a Modal secret, which Modal tells nobody again, and stands on no disk here: the service gets it from VLLM_API_KEY. Where that is set, it is
-the key; else one is drawn at the first deploy, and printed once.
+The key is a Modal secret, which Modal tells nobody again, and stands on no disk here: the service gets it from VLLM_API_KEY. Where that is
+set, it is the key; else one is drawn at the first deploy, and printed once.
 """
 
 from __future__ import annotations

@@ -75,9 +75,8 @@ def status_table(settings: Settings, state: AppState | None, volume: VolumeState
     if volume is None:
         table.add_row("adapters", "none: there is no Volume yet")
     else:
-        table.add_row(
-            "adapters", Text(f"{volume.adapters} with {volume.versions} versions, {size_of(volume.size_bytes)} in {volume.name!r}")
-        )
+        kept = f"{volume.adapters} with {volume.versions} versions, {size_of(volume.size_bytes)} in {volume.name!r}"
+        table.add_row("adapters", Text(kept))
     for label, value in (worker or {}).items():
         table.add_row(Text(f"worker {label}"), Text(str(value)))
     return table

@@ -22,9 +22,8 @@ def settings(**chosen: object) -> Settings:
 
 
 def test_a_dry_run_shows_what_would_be_made_and_makes_nothing() -> None:
-    done = claas(
-        "modal", "deploy", "--dry-run", CLAAS_MODAL_APP="mine", CLAAS_MODAL_GPU="H100", CLAAS_MODAL_MAX_CONTAINERS="2", COLUMNS="200"
-    )
+    chosen = {"CLAAS_MODAL_APP": "mine", "CLAAS_MODAL_GPU": "H100", "CLAAS_MODAL_MAX_CONTAINERS": "2", "COLUMNS": "200"}
+    done = claas("modal", "deploy", "--dry-run", **chosen)
     assert done.code == 0
     rows = [" ".join(line.split()) for line in done.out.splitlines()]
     assert "class DistillWorker H100 at most 2 3.95 trains lessons, one at a time" in rows
