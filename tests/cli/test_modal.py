@@ -12,9 +12,7 @@ from claas.cli.modal_deploy import Key, make_key, plan
 from claas.cli.modal_view import key_lines
 from claas.core.errors import ConfigurationError
 from claas.core.settings import Settings
-from tests.cli.conftest import claas
-
-NO_SDK = "import sys; sys.modules['modal'] = None; from claas.__main__ import main; sys.argv[0] = 'claas'; main()"
+from tests.cli.conftest import WITHOUT_MODAL, claas
 
 
 def settings(**chosen: object) -> Settings:
@@ -71,11 +69,13 @@ def test_the_wrong_name_destroys_nothing() -> None:
 
 @pytest.mark.parametrize("command", [["deploy"], ["deploy", "--dry-run"], ["status"], ["destroy", "--yes"]])
 def test_without_the_sdk_the_extra_is_named(command: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-c", NO_SDK, "modal", *command], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MODAL, "modal", *command], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stderr == "claas: Modal's SDK is missing: pip install 'claas[local,modal]'\n"
 
 
 def test_the_logs_hint_needs_no_sdk() -> None:
-    done = subprocess.run([sys.executable, "-c", NO_SDK, "modal", "logs-hint"], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MODAL, "modal", "logs-hint"], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.startswith("modal app logs claas")
