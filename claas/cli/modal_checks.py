@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import httpx
 
+from claas.adapters.modal_errors import NO_TOKEN
 from claas.cli.findings import Finding
 from claas.cli.modal_cloud import SERVER, WORKER, AppState, app_state, tags_of, vllm_url, volume_state
-from claas.core.errors import ClaasError, ConfigurationError
+from claas.core.errors import ClaasError
 from claas.core.modal_prices import price_per_second
 from claas.core.settings import Settings
 
@@ -30,10 +31,8 @@ def check_modal(settings: Settings) -> Iterator[Finding]:
         yield check_volume(settings)
         if settings.modal_serving == "vllm":
             yield check_vllm_server(settings, state)
-    except ConfigurationError as error:
-        yield Finding("modal token", "fail", error.message)
     except ClaasError as error:
-        yield Finding("modal", "fail", error.message)
+        yield Finding("modal token" if error.message == NO_TOKEN else "modal", "fail", error.message)
 
 
 def check_price(settings: Settings) -> Finding:

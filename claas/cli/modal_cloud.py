@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from claas import __version__
-from claas.adapters.modal_errors import as_ours
+from claas.adapters.modal_errors import modal_errors
 from claas.core.errors import ConfigurationError
 from claas.core.settings import Settings
 
@@ -78,20 +78,15 @@ def key_secret(settings: Settings) -> str:
     return f"{settings.modal_app}-key"
 
 
-def base_model(settings: Settings) -> str:
-    from claas.models.default_model import DEFAULT_MODEL_ID
-
-    return settings.base_model_id or (DEFAULT_MODEL_ID if settings.modal_serving == "embedded" else "Qwen/Qwen3-8B")
-
-
 def tags_of(settings: Settings) -> dict[str, str]:
     """What a deployment tells of itself without a container: the versions, and the settings that lessons depend on."""
+    from claas.models.default_model import DEFAULT_MODEL_ID
     from claas.training.engine.modal_wire import SCHEMA
 
     told = {
         "claas": __version__,
         "schema": str(SCHEMA),
-        "model": base_model(settings),
+        "model": settings.modal_base_model or DEFAULT_MODEL_ID,
         "gpu": settings.modal_gpu,
         "serving": settings.modal_serving,
     }
@@ -108,13 +103,12 @@ def app_state(settings: Settings) -> AppState | None:
     """None where no such app is deployed.
 
     Raises:
-        ConfigurationError: no token, or a wrong one.
-        BackendUnavailable: Modal cannot be reached.
+        BackendUnavailable: Modal cannot be reached, or does not accept the token.
     """
     require_sdk()
     import modal
 
-    with as_ours():
+    with modal_errors():
         try:
             app = modal.App.lookup(settings.modal_app, environment_name=settings.modal_environment)
         except modal.exception.NotFoundError:
@@ -143,7 +137,7 @@ def volume_state(settings: Settings) -> VolumeState | None:
     import modal
 
     name = adapters_volume(settings)
-    with as_ours():
+    with modal_errors():
         try:
             entries = modal.Volume.from_name(name, environment_name=settings.modal_environment).listdir("/", recursive=True)
         except modal.exception.NotFoundError:
@@ -158,7 +152,7 @@ def vllm_url(settings: Settings) -> str:
     require_sdk()
     import modal
 
-    with as_ours():
+    with modal_errors():
         server = modal.Cls.from_name(settings.modal_app, SERVER, environment_name=settings.modal_environment)()
         url: str = server.web.get_web_url()
     return url
@@ -169,7 +163,7 @@ def ask_worker(settings: Settings) -> dict[str, Any]:
     require_sdk()
     import modal
 
-    with as_ours():
+    with modal_errors():
         worker = modal.Cls.from_name(settings.modal_app, WORKER, environment_name=settings.modal_environment)()
         answer: dict[str, Any] = json.loads(worker.health.remote())
     return answer
@@ -180,7 +174,7 @@ def stop_app(settings: Settings) -> bool:
     require_sdk()
     import modal
 
-    with as_ours():
+    with modal_errors():
         try:
             modal.App.lookup(settings.modal_app, environment_name=settings.modal_environment).stop()
         except modal.exception.NotFoundError:
@@ -194,7 +188,7 @@ def delete_everything(settings: Settings) -> None:
     import modal
 
     where = settings.modal_environment
-    with as_ours():
+    with modal_errors():
         for name in (adapters_volume(settings), models_volume(settings)):
             modal.Volume.objects.delete(name, allow_missing=True, environment_name=where)
         modal.Dict.objects.delete(leases_dict(settings), allow_missing=True, environment_name=where)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from claas.adapters.modal_errors import as_ours
-from claas.cli.modal_cloud import SERVER, WORKER, adapters_volume, key_secret, leases_dict, models_volume, require_sdk, tags_of
-from claas.core.errors import ConfigurationError
+from claas.adapters.modal_errors import modal_errors
+from claas.cli.modal_cloud import SERVER, WORKER, adapters_volume, key_secret, leases_dict, models_volume, require_sdk
+from claas.core.errors import BackendUnavailable, ConfigurationError
 from claas.core.modal_prices import price_per_second
 from claas.core.settings import Settings
 
@@ -63,7 +63,7 @@ def make_key(settings: Settings, *, new: bool) -> Key:
     """See to it that the secret of vLLM's key is there.
 
     Raises:
-        ConfigurationError: `new`, while VLLM_API_KEY says what the key is; no token, or a wrong one.
+        ConfigurationError: `new`, while VLLM_API_KEY says what the key is.
     """
     require_sdk()
     import modal
@@ -73,7 +73,7 @@ def make_key(settings: Settings, *, new: bool) -> Key:
         raise ConfigurationError(f"{KEY_VARIABLE} says what the key is: unset it to have a new one drawn, or leave --new-key out")
     drawn = secrets.token_urlsafe(KEY_BYTES)
     name, where = key_secret(settings), settings.modal_environment
-    with as_ours():
+    with modal_errors():
         try:
             modal.Secret.objects.create(name, {KEY_VARIABLE: wanted or drawn}, environment_name=where)
         except modal.exception.AlreadyExistsError:
@@ -87,14 +87,22 @@ def deploy_app(settings: Settings) -> str:
     """Deploy, with the SDK's own account of it on standard output. Returns where Modal shows the app.
 
     The app's module is built from the settings when it is imported: those of the environment.
+
+    Raises:
+        ConfigurationError: Modal refuses what the settings say, such as a GPU or a secret that it does not know.
+        BackendUnavailable: an image could not be built, Modal cannot be reached, or does not accept the token.
     """
     require_sdk()
     import modal
 
     from claas.training.engine.modal_app import app
 
-    with as_ours(), modal.enable_output():
-        deployed = app.deploy(environment_name=settings.modal_environment)
-        deployed.set_tags(tags_of(settings))
+    with modal_errors(), modal.enable_output():
+        try:
+            deployed = app.deploy(environment_name=settings.modal_environment)
+        except modal.exception.ImageBuildError as error:
+            raise BackendUnavailable("an image could not be built: what is printed above says why") from error
+        except (modal.exception.NotFoundError, modal.exception.InvalidError) as error:
+            raise ConfigurationError(f"Modal refuses the app: {error}") from error
         url: str = deployed.get_dashboard_url()
     return url
