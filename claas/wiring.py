@@ -112,10 +112,10 @@ async def _local(settings: Settings, progress: bool) -> Backends:
 def _local_inference(settings: Settings, base: LoadedModel, share: ComputeShare, engine: LocalEngine) -> InferenceBackend:
     """vLLM, if one is named; else the base model in this process."""
     if settings.vllm_base_url is not None:
-        from claas.inference.vllm import VllmInference
+        from claas.inference.vllm import VllmInference, vllm_of
         from claas.inference.vllm_control import DeviceMemory
 
-        return VllmInference(settings, base.tokenizer, DeviceMemory(engine.memory_needed, engine.free_memory))
+        return VllmInference(vllm_of(settings), base.tokenizer, DeviceMemory(engine.memory_needed, engine.free_memory))
     from claas.inference.embedded import EmbeddedInference
 
     return EmbeddedInference(

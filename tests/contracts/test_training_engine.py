@@ -118,7 +118,7 @@ async def test_a_version_has_a_name_of_its_own_where_it_is_served(trained: Train
     report = await trained.distill()
     latest, first, second = [await trained.engine.lora_runtime_ref(A, version) for version in (None, 0, report.version)]
     assert latest == first
-    assert (second.lora_id, second.version, second.vllm_name) == (A, report.version, f"claas-me~a-v{report.version}")
+    assert (second.lora_id, second.version) == (A, report.version) and second.vllm_name.startswith(f"claas-me~a-v{report.version}")
     assert first.vllm_name != second.vllm_name
 
 

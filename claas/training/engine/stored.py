@@ -116,8 +116,9 @@ class StoredEngine(TrainingEngine):
 
         def ref() -> LoraRuntimeRef:
             number = self._store.latest(lora_id) if version is None else version
+            made = self._store.version(lora_id, number).created_at
             path = self._store.path(lora_id, number)
-            return LoraRuntimeRef(lora_id=lora_id, version=number, vllm_name=vllm_name(lora_id, number), lora_path=str(path))
+            return LoraRuntimeRef(lora_id=lora_id, version=number, vllm_name=vllm_name(lora_id, number, made), lora_path=str(path))
 
         if version is None and lora_id in self._latest:
             return self._latest[lora_id]
