@@ -8,10 +8,11 @@ import httpx
 
 from claas.adapters.modal_errors import NO_TOKEN
 from claas.cli.findings import Finding
-from claas.cli.modal_cloud import SERVER, WORKER, AppState, app_state, tags_of, vllm_url, volume_state
+from claas.cli.modal_cloud import SERVER, WORKER, AppState, app_state, vllm_url, volume_state
 from claas.core.errors import ClaasError
 from claas.core.modal_prices import price_per_second
 from claas.core.settings import Settings
+from claas.training.engine.modal_tags import tags_of
 
 TIMEOUT_S = 30.0
 DEPLOY = "run 'claas modal deploy'"

@@ -12,14 +12,12 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from typing import Any
 
-from claas import __version__
 from claas.adapters.modal_errors import modal_errors
 from claas.core.errors import ConfigurationError
 from claas.core.settings import Settings
 
 WORKER = "DistillWorker"
 SERVER = "VllmServer"
-_TAG_CHARS = 63  # all that Modal allows, of letters, digits, ".", "_" and "-"
 _MANIFEST = re.compile(r"(?:.*/)?([^/]+)/v[0-9]+/manifest\.json")
 
 
@@ -76,21 +74,6 @@ def leases_dict(settings: Settings) -> str:
 
 def key_secret(settings: Settings) -> str:
     return f"{settings.modal_app}-key"
-
-
-def tags_of(settings: Settings) -> dict[str, str]:
-    """What a deployment tells of itself without a container: the versions, and the settings that lessons depend on."""
-    from claas.models.default_model import DEFAULT_MODEL_ID
-    from claas.training.engine.modal_wire import SCHEMA
-
-    told = {
-        "claas": __version__,
-        "schema": str(SCHEMA),
-        "model": settings.modal_base_model or DEFAULT_MODEL_ID,
-        "gpu": settings.modal_gpu,
-        "serving": settings.modal_serving,
-    }
-    return {name: re.sub(r"[^A-Za-z0-9._-]", "_", value)[-_TAG_CHARS:] for name, value in told.items()}
 
 
 def require_sdk() -> None:

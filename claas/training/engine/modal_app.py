@@ -16,7 +16,7 @@ import modal
 from claas.core.errors import ConfigurationError
 from claas.core.settings import MODAL_BASE_MODEL, load_settings
 from claas.training.engine.modal_image import vllm_image, worker_image
-from claas.training.engine.modal_wire import tags_of
+from claas.training.engine.modal_tags import tags_of
 
 KEY_VARIABLE = "VLLM_API_KEY"
 REQUESTS_AT_ONCE = 256
