@@ -1,0 +1,37 @@
+"""docs/modal.md has today's prices, and the messages that people will look for in it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from claas.adapters import modal_errors
+from claas.core.modal_prices import LIST
+from claas.inference.modal_guard import ROUTES
+from tests.docs.markdown import ROOT, rows, sections
+
+PAGE = ROOT / "docs" / "modal.md"
+MESSAGES = [value for name, value in vars(modal_errors).items() if name.isupper() and isinstance(value, str)]
+
+
+def test_the_prices_are_those_that_lessons_are_charged() -> None:
+    told = {row[0].split()[0]: (row[1], row[2]) for row in rows(sections(PAGE)["What it costs"]) if re.fullmatch(r"0\.\d{6}", row[1])}
+    assert told == {gpu: (f"{price:.6f}", f"{3600 * price:.2f}") for gpu, price in LIST.items()}
+
+
+def test_the_worked_example_adds_up() -> None:
+    (*parts, total) = [row for row in rows(sections(PAGE)["What it costs"]) if row[1].isdigit()]
+    seconds = [int(row[1]) for row in parts]
+    assert [row[2] for row in parts] == [f"{LIST['L40S'] * n:.2f}" for n in seconds]
+    assert total[1:] == [str(sum(seconds)), f"{LIST['L40S'] * sum(seconds):.2f}"]
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_a_message_is_there_with_what_to_do(message: str) -> None:
+    told = {row[0]: row[1] for row in rows(sections(PAGE)["When something fails"])}
+    assert told[message]
+
+
+def test_the_guards_paths_are_counted() -> None:
+    assert len(ROUTES) == 8 and "eight paths" in PAGE.read_text()
