@@ -12,7 +12,7 @@ from claas.cli.modal_cloud import SERVER, WORKER, AppState, app_state, vllm_url,
 from claas.core.errors import ClaasError
 from claas.core.modal_prices import price_per_second
 from claas.core.settings import Settings
-from claas.training.engine.modal_tags import tags_of
+from claas.training.engine.modal_wire import tags_of
 
 TIMEOUT_S = 30.0
 DEPLOY = "run 'claas modal deploy'"

@@ -57,7 +57,7 @@ class Vllm(Protocol):
         """Whether its process runs."""
 
 
-class _Refused(Exception):  # noqa: N818 - an answer
+class _Refused(Exception):
     """What is answered in vLLM's stead."""
 
     def __init__(self, status: int, message: str, **headers: str) -> None:
@@ -67,7 +67,7 @@ class _Refused(Exception):  # noqa: N818 - an answer
         self.headers = headers
 
 
-class _CallerLeft(Exception):  # noqa: N818
+class _CallerLeft(Exception):
     pass
 
 

@@ -6,7 +6,6 @@ The flags are those of `scripts/start-vllm` on a GPU, without sleep mode and the
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import subprocess
 import threading
@@ -38,15 +37,18 @@ def vllm_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class VllmProcess:
-    """A running vLLM on loopback. `gone` is called, in a thread, when it ends without having been stopped."""
+    """A running vLLM on loopback: the `vllm` on the PATH of `environment`.
 
-    def __init__(self, model: str, *, max_cpu_loras: int, gone: Callable[[], None]) -> None:
+    `gone` is called, in a thread, when it ends without having been stopped.
+    """
+
+    def __init__(self, model: str, environment: Mapping[str, str], *, max_cpu_loras: int, gone: Callable[[], None]) -> None:
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._gone = gone
         self._stopping = False
-        self._process = subprocess.Popen(
-            vllm_command(model, port, max_cpu_loras=max_cpu_loras), env=vllm_environment(os.environ), stdin=subprocess.DEVNULL
+        self._process = subprocess.Popen(  # noqa: S603 - our own words, and the operator's model
+            vllm_command(model, port, max_cpu_loras=max_cpu_loras), env=vllm_environment(environment), stdin=subprocess.DEVNULL
         )
         self._watch = threading.Thread(target=self._await_end, name="claas-vllm-watch", daemon=True)
         self._watch.start()

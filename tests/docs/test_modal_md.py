@@ -7,7 +7,7 @@ import re
 import pytest
 
 from claas.adapters import modal_errors
-from claas.core.modal_prices import LIST
+from claas.core.modal_prices import LIST_PRICES
 from claas.inference.modal_guard import ROUTES
 from tests.docs.markdown import ROOT, rows, sections
 
@@ -17,14 +17,14 @@ MESSAGES = [value for name, value in vars(modal_errors).items() if name.isupper(
 
 def test_the_prices_are_those_that_lessons_are_charged() -> None:
     told = {row[0].split()[0]: (row[1], row[2]) for row in rows(sections(PAGE)["What it costs"]) if re.fullmatch(r"0\.\d{6}", row[1])}
-    assert told == {gpu: (f"{price:.6f}", f"{3600 * price:.2f}") for gpu, price in LIST.items()}
+    assert told == {gpu: (f"{price:.6f}", f"{3600 * price:.2f}") for gpu, price in LIST_PRICES.items()}
 
 
 def test_the_worked_example_adds_up() -> None:
     (*parts, total) = [row for row in rows(sections(PAGE)["What it costs"]) if row[1].isdigit()]
     seconds = [int(row[1]) for row in parts]
-    assert [row[2] for row in parts] == [f"{LIST['L40S'] * n:.2f}" for n in seconds]
-    assert total[1:] == [str(sum(seconds)), f"{LIST['L40S'] * sum(seconds):.2f}"]
+    assert [row[2] for row in parts] == [f"{LIST_PRICES['L40S'] * n:.2f}" for n in seconds]
+    assert total[1:] == [str(sum(seconds)), f"{LIST_PRICES['L40S'] * sum(seconds):.2f}"]
 
 
 @pytest.mark.parametrize("message", MESSAGES)

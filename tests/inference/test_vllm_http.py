@@ -93,7 +93,8 @@ async def test_what_is_refused_there_is_refused(status: int, error: type[Excepti
 async def test_it_is_sent_on_to_nobody_else() -> None:
     """Not to another host, another port or without encryption: the key would go with it."""
     with fronted(waits=0) as (elsewhere, other), fronted(waits=99, to="will be set") as (url, front):
-        for there in (f"{elsewhere}/v1", "https://127.0.0.1/v1", "//example.test/v1", f"http://localhost:{url.rpartition(':')[2]}/v1", "ftp:x", "http://["):
+        local = f"http://localhost:{url.rpartition(':')[2]}/v1"
+        for there in (f"{elsewhere}/v1", "https://127.0.0.1/v1", "//example.test/v1", local, "ftp:x", "http://["):
             front.to = there
             vllm = VllmHttp(url, "key")
             with pytest.raises(BackendUnavailable, match="another one"):

@@ -14,14 +14,14 @@ from pathlib import Path
 import modal
 
 from claas.core.errors import ConfigurationError
-from claas.core.settings import MODAL_BASE_MODEL, load_settings
+from claas.core.settings import load_settings
 from claas.training.engine.modal_image import vllm_image, worker_image
-from claas.training.engine.modal_tags import tags_of
+from claas.training.engine.modal_wire import tags_of
 
 KEY_VARIABLE = "VLLM_API_KEY"
 REQUESTS_AT_ONCE = 256
-VLLM_ADAPTERS = 2
-"""Services that may share a vLLM before it reads adapters' files more than once."""
+SERVICES = 2
+"""How many may share the vLLM before it reads an adapter's files more than once."""
 
 log = logging.getLogger(__name__)
 settings = load_settings(distill_execution_mode="modal")
@@ -29,13 +29,14 @@ environment = settings.modal_environment
 adapters = modal.Volume.from_name(f"{settings.modal_app}-adapters", environment_name=environment, create_if_missing=True)
 models = modal.Volume.from_name(f"{settings.modal_app}-models", environment_name=environment, create_if_missing=True)
 secrets = [modal.Secret.from_name(name, environment_name=environment) for name in settings.modal_secrets]
+ADAPTERS, MODELS = settings.modal_volume_path, settings.modal_models_path
 app = modal.App(settings.modal_app, tags=tags_of(settings), include_source=False)
 
 
 @app.cls(
     image=worker_image(settings),
     gpu=settings.modal_gpu,
-    volumes={settings.modal_volume_path: adapters, settings.modal_models_path: models},
+    volumes={ADAPTERS: adapters, MODELS: models},
     secrets=secrets,
     max_containers=settings.modal_max_containers,
     scaledown_window=settings.modal_scaledown_s,
@@ -76,7 +77,7 @@ if settings.modal_serving == "vllm":
     @app.cls(
         image=vllm_image(settings),
         gpu=settings.modal_vllm_gpu,
-        volumes={settings.modal_volume_path: adapters.with_mount_options(read_only=True), settings.modal_models_path: models},
+        volumes={ADAPTERS: adapters.with_mount_options(read_only=True), MODELS: models},
         secrets=[
             *secrets,
             modal.Secret.from_name(f"{settings.modal_app}-key", environment_name=environment, required_keys=[KEY_VARIABLE]),
@@ -94,9 +95,9 @@ if settings.modal_serving == "vllm":
         def start(self) -> None:
             from claas.inference.modal_vllm import VllmProcess
 
-            self._vllm = VllmProcess(
-                settings.base_model_id or MODAL_BASE_MODEL, max_cpu_loras=VLLM_ADAPTERS * settings.vllm_max_adapters, gone=_end_container
-            )
+            assert settings.modal_base_model is not None
+            adapters_kept = SERVICES * settings.vllm_max_adapters
+            self._vllm = VllmProcess(settings.modal_base_model, os.environ, max_cpu_loras=adapters_kept, gone=_end_container)
 
         @modal.asgi_app()
         def web(self) -> object:
@@ -116,7 +117,7 @@ if settings.modal_serving == "vllm":
             self._vllm.stop()
 
 
-@app.function(image=worker_image(settings), volumes={settings.modal_models_path: models}, secrets=secrets, timeout=settings.modal_timeout_s)
+@app.function(image=worker_image(settings), volumes={MODELS: models}, secrets=secrets, timeout=settings.modal_timeout_s)
 @modal.concurrent(max_inputs=REQUESTS_AT_ONCE)
 @modal.asgi_app()
 def api() -> object:
@@ -128,14 +129,16 @@ def api() -> object:
     from claas.wiring import open_services
 
     if not settings.api_keys:
-        raise ConfigurationError("api can be reached by anybody, so a key is needed: put CLAAS_API_KEYS into a secret of CLAAS_MODAL_SECRETS")
+        raise ConfigurationError(
+            "api can be reached by anybody, so a key is needed: put CLAAS_API_KEYS into a secret of CLAAS_MODAL_SECRETS"
+        )
     if settings.database_url is None or settings.database_url.startswith("sqlite"):
         raise ConfigurationError("api needs a PostgreSQL: put CLAAS_DATABASE_URL into a secret of CLAAS_MODAL_SECRETS")
     return create_app(partial(open_services, settings))
 
 
 def _end_container() -> None:
-    """Let requests that run end, and take no more: Modal starts another container for the next. If it is not heard, the next one says so again."""
+    """Let requests that run end, and take no more: Modal starts another container. If it is not heard, the next request says so again."""
     import modal.experimental
 
     try:
