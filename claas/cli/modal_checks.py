@@ -8,7 +8,7 @@ import httpx
 
 from claas.adapters.modal_errors import NO_TOKEN
 from claas.cli.findings import Finding
-from claas.cli.modal_cloud import SERVER, WORKER, AppState, app_state, vllm_url, volume_state
+from claas.cli.modal_cloud import SERVER, WORKER, AppState, app_state, vllm_key, vllm_url, volume_state
 from claas.core.errors import ClaasError
 from claas.core.modal_prices import price_per_second
 from claas.core.settings import Settings
@@ -67,12 +67,13 @@ def check_vllm_server(settings: Settings, state: AppState) -> Finding:
     running = {function.name: function.containers for function in state.functions}
     if SERVER not in running:
         return Finding("modal vllm", "fail", f"the app was deployed without vLLM: {DEPLOY}, or set CLAAS_MODAL_SERVING=embedded")
-    if settings.vllm_api_key is None:
+    key = vllm_key(settings)
+    if key is None:
         return Finding("modal vllm", "fail", "VLLM_API_KEY is not set: 'claas modal deploy' showed it, its --new-key draws another")
     if not running[SERVER]:
         return Finding("modal vllm", "ok", "no container runs: the first reply waits for one")
     try:
-        headers = {"authorization": f"Bearer {settings.vllm_api_key.get_secret_value()}"}
+        headers = {"authorization": f"Bearer {key}"}
         status = httpx.get(f"{vllm_url(settings)}/health", headers=headers, timeout=TIMEOUT_S).status_code
     except httpx.HTTPError as error:
         return Finding("modal vllm", "warn", f"runs, and does not answer ({type(error).__name__}): it may be starting")

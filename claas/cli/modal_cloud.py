@@ -76,6 +76,12 @@ def key_secret(settings: Settings) -> str:
     return f"{settings.modal_app}-key"
 
 
+def vllm_key(settings: Settings) -> str | None:
+    """None where none is said, or a blank."""
+    said = settings.vllm_api_key.get_secret_value().strip() if settings.vllm_api_key else ""
+    return said or None
+
+
 def require_sdk() -> None:
     """Raises ConfigurationError where the extra is missing."""
     if find_spec("modal") is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from claas.adapters.modal_errors import modal_errors
-from claas.cli.modal_cloud import SERVER, WORKER, adapters_volume, key_secret, leases_dict, models_volume, require_sdk
+from claas.cli.modal_cloud import SERVER, WORKER, adapters_volume, key_secret, leases_dict, models_volume, require_sdk, vllm_key
 from claas.core.errors import BackendUnavailable, ConfigurationError
 from claas.core.modal_prices import price_per_second
 from claas.core.settings import Settings
@@ -68,7 +68,7 @@ def make_key(settings: Settings, *, new: bool) -> Key:
     require_sdk()
     import modal
 
-    wanted = settings.vllm_api_key.get_secret_value() if settings.vllm_api_key else None
+    wanted = vllm_key(settings)
     if new and wanted:
         raise ConfigurationError(f"{KEY_VARIABLE} says what the key is: unset it to have a new one drawn, or leave --new-key out")
     drawn = secrets.token_urlsafe(KEY_BYTES)
