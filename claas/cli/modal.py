@@ -28,10 +28,9 @@ def deploy(
     """
     from rich.console import Console
 
-    from claas.cli import modal_cloud, modal_deploy, modal_view
+    from claas.cli import modal_deploy, modal_view
 
     settings = _settings()
-    modal_cloud.require_sdk()
     Console(highlight=False).print(modal_view.plan_table(settings, modal_deploy.plan(settings)))
     if dry_run:
         return
@@ -72,8 +71,9 @@ def status(
 def logs_hint() -> None:
     """Print the command that shows the app's logs."""
     from claas.cli import modal_view
+    from claas.core.settings import load_settings
 
-    typer.echo(modal_view.logs_command(_settings()))
+    typer.echo(modal_view.logs_command(load_settings(distill_execution_mode="modal")))
 
 
 @app.command()
@@ -88,7 +88,6 @@ def destroy(
     from claas.cli import modal_cloud
 
     settings = _settings()
-    modal_cloud.require_sdk()
     name = settings.modal_app
     if adapters and typer.prompt(f"Type {name!r} to delete every adapter of it with all versions") != name:
         raise typer.BadParameter(f"that is not {name!r}: nothing was stopped, nothing deleted")
@@ -104,7 +103,12 @@ def destroy(
 
 
 def _settings() -> Settings:
-    """Those of the environment, as the app itself reads them."""
+    """Those of the environment, as the app itself reads them.
+
+    Raises ConfigurationError for a wrong one, and without the SDK.
+    """
+    from claas.cli.modal_cloud import require_sdk
     from claas.core.settings import load_settings
 
+    require_sdk()
     return load_settings(distill_execution_mode="modal")

@@ -1,12 +1,15 @@
 """What `claas modal` and `claas doctor` ask of Modal through its SDK: the app, its functions, Volumes and secret.
 
-Only `ask_worker` starts a container. The SDK is imported inside the functions: it takes a moment, and is an extra.
+Only `ask_worker` starts a container. The SDK is imported inside the functions: it takes a moment, and is an extra, see `require_sdk`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -18,6 +21,7 @@ from claas.core.settings import Settings
 
 WORKER = "DistillWorker"
 SERVER = "VllmServer"
+CONNECT_S = 10.0
 _MANIFEST = re.compile(r"(?:.*/)?([^/]+)/v[0-9]+/manifest\.json")
 
 
@@ -88,16 +92,35 @@ def require_sdk() -> None:
         raise ConfigurationError("Modal's SDK is missing: pip install 'claas[local,modal]'")
 
 
+@contextmanager
+def modal_asked() -> Iterator[None]:
+    """For what the block asks of Modal: its errors as ours, and a Modal that is away within seconds, not the minute of the SDK.
+
+    Raises:
+        BackendUnavailable: Modal cannot be reached, or refuses, the token for one.
+    """
+    with modal_errors():
+        asyncio.run(_connect())
+        yield
+
+
+async def _connect() -> None:
+    """The SDK keeps the connection for all that follows."""
+    import modal
+
+    async with asyncio.timeout(CONNECT_S):
+        await modal.Client.from_env.aio()
+
+
 def app_state(settings: Settings) -> AppState | None:
     """None where no such app is deployed.
 
     Raises:
         BackendUnavailable: Modal cannot be reached, or does not accept the token.
     """
-    require_sdk()
     import modal
 
-    with modal_errors():
+    with modal_asked():
         try:
             app = modal.App.lookup(settings.modal_app, environment_name=settings.modal_environment)
         except modal.exception.NotFoundError:
@@ -122,11 +145,10 @@ def _function_state(name: str, function_id: str) -> FunctionState:
 
 def volume_state(settings: Settings) -> VolumeState | None:
     """None where there is no such Volume."""
-    require_sdk()
     import modal
 
     name = adapters_volume(settings)
-    with modal_errors():
+    with modal_asked():
         try:
             entries = modal.Volume.from_name(name, environment_name=settings.modal_environment).listdir("/", recursive=True)
         except modal.exception.NotFoundError:
@@ -138,10 +160,9 @@ def volume_state(settings: Settings) -> VolumeState | None:
 
 def vllm_url(settings: Settings) -> str:
     """Where the guard in front of vLLM is reached. Asks Modal's control plane, no container."""
-    require_sdk()
     import modal
 
-    with modal_errors():
+    with modal_asked():
         server = modal.Cls.from_name(settings.modal_app, SERVER, environment_name=settings.modal_environment)()
         url: str = server.web.get_web_url()
     return url
@@ -149,10 +170,9 @@ def vllm_url(settings: Settings) -> str:
 
 def ask_worker(settings: Settings) -> dict[str, Any]:
     """What the worker says of itself. Starts a GPU container if none runs, which takes minutes and is paid for."""
-    require_sdk()
     import modal
 
-    with modal_errors():
+    with modal_asked():
         worker = modal.Cls.from_name(settings.modal_app, WORKER, environment_name=settings.modal_environment)()
         answer: dict[str, Any] = json.loads(worker.health.remote())
     return answer
@@ -160,10 +180,9 @@ def ask_worker(settings: Settings) -> dict[str, Any]:
 
 def stop_app(settings: Settings) -> bool:
     """Whether there was one to stop."""
-    require_sdk()
     import modal
 
-    with modal_errors():
+    with modal_asked():
         try:
             modal.App.lookup(settings.modal_app, environment_name=settings.modal_environment).stop()
         except modal.exception.NotFoundError:
@@ -173,11 +192,10 @@ def stop_app(settings: Settings) -> bool:
 
 def delete_everything(settings: Settings) -> None:
     """All that the app kept: adapters, the leases on them, fetched models, vLLM's key."""
-    require_sdk()
     import modal
 
     where = settings.modal_environment
-    with modal_errors():
+    with modal_asked():
         for name in (adapters_volume(settings), models_volume(settings)):
             modal.Volume.objects.delete(name, allow_missing=True, environment_name=where)
         modal.Dict.objects.delete(leases_dict(settings), allow_missing=True, environment_name=where)

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from claas.adapters.modal_errors import modal_errors
-from claas.cli.modal_cloud import SERVER, WORKER, adapters_volume, key_secret, leases_dict, models_volume, require_sdk, vllm_key
+from claas.cli.modal_cloud import SERVER, WORKER, adapters_volume, key_secret, leases_dict, modal_asked, models_volume, vllm_key
 from claas.core.errors import BackendUnavailable, ConfigurationError
 from claas.core.modal_prices import price_per_second
 from claas.core.settings import Settings
@@ -65,7 +64,6 @@ def make_key(settings: Settings, *, new: bool) -> Key:
     Raises:
         ConfigurationError: `new`, while VLLM_API_KEY says what the key is.
     """
-    require_sdk()
     import modal
 
     wanted = vllm_key(settings)
@@ -73,7 +71,7 @@ def make_key(settings: Settings, *, new: bool) -> Key:
         raise ConfigurationError(f"{KEY_VARIABLE} says what the key is: unset it to have a new one drawn, or leave --new-key out")
     drawn = secrets.token_urlsafe(KEY_BYTES)
     name, where = key_secret(settings), settings.modal_environment
-    with modal_errors():
+    with modal_asked():
         try:
             modal.Secret.objects.create(name, {KEY_VARIABLE: wanted or drawn}, environment_name=where)
         except modal.exception.AlreadyExistsError:
@@ -92,12 +90,11 @@ def deploy_app(settings: Settings) -> str:
         ConfigurationError: Modal refuses what the settings say, such as a GPU or a secret that it does not know.
         BackendUnavailable: an image could not be built, Modal cannot be reached, or does not accept the token.
     """
-    require_sdk()
     import modal
 
     from claas.training.engine.modal_app import app
 
-    with modal_errors(), modal.enable_output():
+    with modal_asked(), modal.enable_output():
         try:
             deployed = app.deploy(environment_name=settings.modal_environment)
         except modal.exception.ImageBuildError as error:
