@@ -35,7 +35,7 @@ class FilesystemAdapterStore(AdapterStore):
         folder = self._root / flat_name(parse_adapter_id(lora_id))
         with self._lock, disk_errors():
             if (folder / ADAPTER).exists():
-                taken = _read_adapter(folder).lora_id
+                taken = read_adapter(folder).lora_id
                 alike = "" if taken == lora_id else f": on this disk it is the same name as {taken!r}"
                 raise Conflict(f"the adapter id {lora_id!r} is taken{alike}", param="lora_id")
             if folder.exists():  # what is left of one whose deletion broke off
@@ -71,7 +71,7 @@ class FilesystemAdapterStore(AdapterStore):
 
     def _take_number(self, folder: Path) -> Adapter:
         """The adapter as it was. Its next number is on disk as taken before it is used: whatever happens next, nobody gets it again."""
-        adapter = _read_adapter(folder)
+        adapter = read_adapter(folder)
         _write_adapter(folder, adapter.model_copy(update={"next_version": adapter.next_version + 1}))
         return adapter
 
@@ -128,7 +128,7 @@ class FilesystemAdapterStore(AdapterStore):
 
     def adapters(self, prefix: str = "") -> list[str]:
         with self._lock:
-            ids = [_read_adapter(folder).lora_id for folder in self._folders() if _read_latest(folder) is not None]
+            ids = [read_adapter(folder).lora_id for folder in self._folders() if _read_latest(folder) is not None]
         return sorted(lora_id for lora_id in ids if lora_id.startswith(prefix))
 
     def exists(self, lora_id: str) -> bool:
@@ -155,14 +155,14 @@ class FilesystemAdapterStore(AdapterStore):
                     removed.append(f"half-written {path.relative_to(self._root)}")
             for folder in self._folders():
                 if _read_latest(folder) is None:
-                    removed.append(f"adapter {_read_adapter(folder).lora_id!r}, which never got a version to serve")
+                    removed.append(f"adapter {read_adapter(folder).lora_id!r}, which never got a version to serve")
                     _remove(folder)
         return iter(removed)
 
     def _folder(self, lora_id: str) -> Path:
         """The adapter's folder. A disk that ignores case shows it under another id too, so the id on record decides."""
         folder = self._root / flat_name(parse_adapter_id(lora_id))
-        if not (folder / ADAPTER).exists() or _read_adapter(folder).lora_id != lora_id:
+        if not (folder / ADAPTER).exists() or read_adapter(folder).lora_id != lora_id:
             raise NotFound(f"there is no adapter {lora_id!r}", param="lora_id")
         return folder
 
@@ -181,7 +181,8 @@ def write_manifest(manifest: AdapterVersion, staging: Staging) -> AdapterVersion
     return published
 
 
-def _read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path) -> Adapter:
+    """What is on record of the adapter in this folder."""
     return Adapter.model_validate_json((folder / ADAPTER).read_bytes())
 
 

@@ -50,7 +50,7 @@ def as_ours(error: Exception, *, storing: bool = False) -> ClaasError | None:
     for kind, message in told.items():
         if isinstance(error, kind):
             return BackendUnavailable(message)
-    if _is_blip(error):
+    if is_blip(error):
         return BackendUnavailable(UNREACHABLE, retry_after_s=RETRY_AFTER_S)
     if isinstance(error, exception.Error):
         return BackendUnavailable(
@@ -59,7 +59,7 @@ def as_ours(error: Exception, *, storing: bool = False) -> ClaasError | None:
     return None
 
 
-def _is_blip(error: Exception) -> bool:
+def is_blip(error: Exception) -> bool:
     """Whether it is the network or Modal itself that failed, so that the same call may succeed later."""
     from aiohttp import ClientError
     from grpclib.exceptions import StreamTerminatedError

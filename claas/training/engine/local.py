@@ -17,12 +17,12 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from claas.adapters.store import AdapterStore
-from claas.core.errors import BackendUnavailable, BadRequest, ClaasError, StepFailed
+from claas.core.errors import BackendUnavailable, ClaasError, StepFailed
 from claas.core.types import AdapterVersion, ChatMessage, DistillBatchRequestPayload, DistillResponse, ServiceHealth
 from claas.models.base_model import LoadedModel
 from claas.models.chat_template import render
 from claas.models.compute import ComputeShare
-from claas.training.engine.stored import StoredEngine
+from claas.training.engine.stored import StoredEngine, refuse_in_place
 from claas.training.figures import summarise
 from claas.training.memory import LONG_SAMPLE_TOKENS, free_memory, meter_of, out_of_memory, step_bytes
 from claas.training.policy import Policy
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 class LocalEngine(StoredEngine):
     """Trains in this process on a `LoadedModel`, which `residency` brings to the device."""
+
+    _base: LoadedModel
 
     def __init__(
         self,
@@ -54,10 +56,7 @@ class LocalEngine(StoredEngine):
         self._closing = threading.Event()
 
     async def distill(self, payload: DistillBatchRequestPayload) -> DistillResponse:
-        if payload.save_in_place:
-            raise BadRequest(
-                "save_in_place is not supported: versions are immutable, and a rollback undoes a lesson", param="save_in_place"
-            )
+        refuse_in_place(payload)
         self._stop_if_closing()
         try:
             report = await asyncio.get_running_loop().run_in_executor(self._trainer, self._distill, payload)

@@ -28,8 +28,11 @@ settings = load_settings(distill_execution_mode="modal")
 environment = settings.modal_environment
 adapters = modal.Volume.from_name(f"{settings.modal_app}-adapters", environment_name=environment, create_if_missing=True)
 models = modal.Volume.from_name(f"{settings.modal_app}-models", environment_name=environment, create_if_missing=True)
+leases = modal.Dict.from_name(f"{settings.modal_app}-leases", environment_name=environment, create_if_missing=True)
 secrets = [modal.Secret.from_name(name, environment_name=environment) for name in settings.modal_secrets]
 ADAPTERS, MODELS = settings.modal_volume_path, settings.modal_models_path
+vllm_key = modal.Secret.from_name(f"{settings.modal_app}-key", environment_name=environment, required_keys=[KEY_VARIABLE])
+with_key = [*secrets, vllm_key] if settings.modal_serving == "vllm" else secrets
 app = modal.App(settings.modal_app, tags=tags_of(settings), include_source=False)
 
 
@@ -49,10 +52,16 @@ class DistillWorker:
 
     @modal.enter(snap=True)
     def load(self) -> None:
-        """The base model, in host memory: what the snapshot holds, of which later containers start."""
+        """The base model, in host memory: what the snapshot holds, from which later containers start.
+
+        With `.local()` there is neither Volume nor Dict: adapters are in the folder that the settings name.
+        """
         from claas.training.engine.modal_worker import Worker
 
-        self._worker = Worker(settings)
+        if modal.is_local():
+            self._worker = Worker(settings.model_copy(update={"modal_volume_path": settings.adapters_dir}))
+        else:
+            self._worker = Worker(settings, adapters, leases)
 
     @modal.enter(snap=False)
     def start(self) -> None:
@@ -78,10 +87,7 @@ if settings.modal_serving == "vllm":
         image=vllm_image(settings),
         gpu=settings.modal_vllm_gpu,
         volumes={ADAPTERS: adapters.with_mount_options(read_only=True), MODELS: models},
-        secrets=[
-            *secrets,
-            modal.Secret.from_name(f"{settings.modal_app}-key", environment_name=environment, required_keys=[KEY_VARIABLE]),
-        ],
+        secrets=with_key,
         max_containers=1,  # adapters are loaded by name, and a second one would not have them
         scaledown_window=settings.modal_scaledown_s,
         timeout=settings.modal_timeout_s,
@@ -117,7 +123,7 @@ if settings.modal_serving == "vllm":
             self._vllm.stop()
 
 
-@app.function(image=worker_image(settings), volumes={MODELS: models}, secrets=secrets, timeout=settings.modal_timeout_s)
+@app.function(image=worker_image(settings), volumes={MODELS: models}, secrets=with_key, timeout=settings.modal_timeout_s)
 @modal.concurrent(max_inputs=REQUESTS_AT_ONCE)
 @modal.asgi_app()
 def api() -> object:

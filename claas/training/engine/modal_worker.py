@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from claas import __version__
-from claas.adapters.modal_volume import MountedVolumeStore, VolumeMount
+from claas.adapters.modal_mounted import MountedVolumeStore, VolumeMount
 from claas.core.errors import BackendUnavailable, ConfigurationError
 from claas.core.settings import Settings
 from claas.core.types import utc_now
