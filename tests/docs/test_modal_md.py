@@ -5,14 +5,31 @@ from __future__ import annotations
 import re
 
 import pytest
+from modal import exception
 
 from claas.adapters import modal_errors
+from claas.core.errors import ConfigurationError
 from claas.core.modal_prices import LIST_PRICES
 from claas.inference.modal_guard import ROUTES
+from claas.training.engine.modal_calls import lesson_error
+from claas.training.engine.modal_wire import OTHER_VERSION
 from tests.docs.markdown import ROOT, rows, sections
 
 PAGE = ROOT / "docs" / "modal.md"
-MESSAGES = [value for name, value in vars(modal_errors).items() if name.isupper() and isinstance(value, str)]
+OF_MODAL = [value for name, value in vars(modal_errors).items() if name.isupper() and isinstance(value, str)]
+OF_LESSONS = [
+    lesson_error(error, 1800.0).message
+    for error in (
+        exception.FunctionTimeoutError(),
+        exception.OutputExpiredError(),
+        exception.InternalFailure(),
+        exception.RemoteError("exit code: 137"),
+        exception.RemoteError("crashed"),
+        exception.ConflictError("credit"),
+        ConfigurationError("no model"),
+        ValueError(),
+    )
+]
 
 
 def test_the_prices_are_those_that_lessons_are_charged() -> None:
@@ -27,10 +44,11 @@ def test_the_worked_example_adds_up() -> None:
     assert total[1:] == [str(sum(seconds)), f"{LIST_PRICES['L40S'] * sum(seconds):.2f}"]
 
 
-@pytest.mark.parametrize("message", MESSAGES)
+@pytest.mark.parametrize("message", [*OF_MODAL, *OF_LESSONS, OTHER_VERSION])
 def test_a_message_is_there_with_what_to_do(message: str) -> None:
-    told = {row[0]: row[1] for row in rows(sections(PAGE)["When something fails"])}
-    assert told[message]
+    """What differs from time to time is three dots there."""
+    told = [re.escape(row[0]).replace(re.escape("..."), ".+") for row in rows(sections(PAGE)["When something fails"])]
+    assert any(re.fullmatch(pattern, message) for pattern in told)
 
 
 def test_the_guards_paths_are_counted() -> None:

@@ -12,16 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import modal
 import pytest
 from grpclib import Status
 
 from claas import __version__
 from claas.adapters.modal_errors import EXHAUSTED, NO_TOKEN, UNREACHABLE
+from tests.modal_server.processes import containers_possible
 from tests.modal_server.server import ModalDouble
+from tests.on_modal.deployed import KEY, deployed
 
 pytestmark = pytest.mark.integration
 
+needs_containers = pytest.mark.skipif(not containers_possible(), reason="this machine lets nobody make namespaces")
 EMBEDDED = {"CLAAS_MODAL_SERVING": "embedded"}
 
 
@@ -167,6 +171,19 @@ def test_status_tells_what_there_is(cloud: ModalDouble, tmp_path: Path) -> None:
     assert not cloud.live_containers()
 
 
+@needs_containers
+def test_the_worker_is_asked_only_on_demand(tmp_path: Path, tiny_model_dir: Path) -> None:
+    tiny = {**EMBEDDED, "CLAAS_BASE_MODEL_ID": str(tiny_model_dir)}
+    with ModalDouble(tmp_path / "modal", env={"PYTHONPATH": "", "CLAAS_DEVICE": "cpu"}) as cloud:
+        deploy(cloud, **tiny)
+        assert status(cloud, **tiny)["worker"] is None and not cloud.live_containers()
+        told = status(cloud, "--ask", **tiny)["worker"]
+        assert (told["claas"], told["gpu"], told["device"], told["lessons"]) == (__version__, "L40S", "cpu", 0)
+        running = {function["name"]: function["containers"] for function in status(cloud, **tiny)["deployed"]["functions"]}
+        assert running == {"DistillWorker": 1, "api": 0}
+        assert claas(cloud, "modal", "destroy", "--yes", **tiny).code == 0
+
+
 def test_destroy_keeps_the_adapters(cloud: ModalDouble, tmp_path: Path) -> None:
     key = shown_key(deploy(cloud))
     fill(cloud, tmp_path / "adapters")
@@ -246,6 +263,21 @@ def test_doctor_names_what_is_wrong(cloud: ModalDouble, tmp_path: Path, changes:
     found = doctor(cloud, tmp_path, **{"VLLM_API_KEY": "key", **changes})
     assert [name for name, (status, _) in found.items() if status != "ok"] == [part], found
     assert found[part][0] == "fail" and do in found[part][1]
+
+
+@needs_containers
+def test_doctor_asks_a_vllm_that_runs(tmp_path: Path) -> None:
+    with deployed(tmp_path) as app:
+
+        def vllm(key: str) -> tuple[str, str]:
+            return doctor(app.cloud, tmp_path / "data", **app.environment, VLLM_API_KEY=key)["modal vllm"]
+
+        assert vllm(KEY) == ("ok", "no container runs: the first reply waits for one")
+        assert not app.cloud.live_containers()
+        assert httpx.get(f"{app.vllm_url()}/health", headers={"authorization": f"Bearer {KEY}"}, timeout=60).status_code == 200
+        assert vllm(KEY) == ("ok", "runs, and is well")
+        status, told = vllm("another")
+        assert status == "fail" and "VLLM_API_KEY" in told and "another" not in told
 
 
 def test_doctor_tells_a_gpu_without_a_price_and_a_modal_that_is_away(cloud: ModalDouble, tmp_path: Path) -> None:
