@@ -153,7 +153,7 @@ def volume_state(settings: Settings) -> VolumeState | None:
             entries = modal.Volume.from_name(name, environment_name=settings.modal_environment).listdir("/", recursive=True)
         except modal.exception.NotFoundError:
             return None
-    files = [entry for entry in entries if entry.type == modal.volume.FileEntryType.FILE]
+    files = [entry for entry in entries if entry.type == modal.types.FileEntryType.FILE]
     versions = [match[1] for entry in files if (match := _MANIFEST.fullmatch(entry.path))]
     return VolumeState(name, len(set(versions)), len(versions), sum(entry.size for entry in files))
 
