@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
+from pathlib import PurePosixPath
 from typing import Any
 
+from claas.adapters.layout import LEFTOVERS, version_number
 from claas.adapters.modal_errors import modal_errors
+from claas.adapters.store import MANIFEST
 from claas.core.errors import ConfigurationError
 from claas.core.settings import Settings
 
 WORKER = "DistillWorker"
 SERVER = "VllmServer"
 CONNECT_S = 10.0
-_MANIFEST = re.compile(r"(?:.*/)?([^/]+)/v[0-9]+/manifest\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +155,15 @@ def volume_state(settings: Settings) -> VolumeState | None:
         except modal.exception.NotFoundError:
             return None
     files = [entry for entry in entries if entry.type == modal.types.FileEntryType.FILE]
-    versions = [match[1] for entry in files if (match := _MANIFEST.fullmatch(entry.path))]
+    versions = [adapter for entry in files if (adapter := _versions_adapter(PurePosixPath(entry.path)))]
     return VolumeState(name, len(set(versions)), len(versions), sum(entry.size for entry in files))
+
+
+def _versions_adapter(file: PurePosixPath) -> str | None:
+    """The adapter's folder, if the file is the manifest of one of its versions, without which a version is none yet."""
+    folder, *rest = file.parts
+    is_version = len(rest) == 2 and version_number(rest[0]) is not None and rest[1] == MANIFEST
+    return folder if is_version and not folder.startswith(LEFTOVERS) else None
 
 
 def vllm_url(settings: Settings) -> str:

@@ -77,8 +77,9 @@ def volume(cloud: ModalDouble, name: str = "claas-adapters") -> modal.Volume:
 
 
 def fill(cloud: ModalDouble, folder: Path) -> None:
-    """An adapter of two versions, the second of which is not complete, so that one counts."""
-    for name, text in {"kuro/v0/manifest.json": "{}", "kuro/v0/weights": "12345", "kuro/v1/weights": "12345", "kuro/latest": "0"}.items():
+    """An adapter of two versions, the second of which is not complete, and one that is being deleted: one version counts."""
+    files = {"kuro/v0/manifest.json": "{}", "kuro/v0/weights": "12345", "kuro/v1/weights": "12345", "kuro/latest": "0"}
+    for name, text in {**files, ".trash-1/v0/manifest.json": "{}"}.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -161,7 +162,7 @@ def test_status_tells_what_there_is(cloud: ModalDouble, tmp_path: Path) -> None:
     deploy(cloud)
     fill(cloud, tmp_path / "adapters")
     told = status(cloud)
-    assert told["volume"] == {"name": "claas-adapters", "adapters": 1, "versions": 1, "size_bytes": 13}
+    assert told["volume"] == {"name": "claas-adapters", "adapters": 1, "versions": 1, "size_bytes": 15}
     assert told["deployed"]["tags"]["claas"] == __version__
     assert {function["name"]: function["containers"] for function in told["deployed"]["functions"]} == {
         "DistillWorker": 0, "VllmServer": 0, "api": 0,
