@@ -23,29 +23,30 @@ KEEP = 4
 class Committed:
     """What a Volume does for a container: a committed state, and a working copy at `mount` that shows it after a reload only.
 
-    `failing`: how many calls from now on fail.
+    `failing_reloads`, `failing_commits`: how many of those to come fail.
     """
 
     def __init__(self, folder: Path, mount: Path) -> None:
         self._committed = folder
         self._mount = mount
-        self.failing = 0
+        self.failing_reloads = 0
+        self.failing_commits = 0
         folder.mkdir(parents=True, exist_ok=True)
         mount.mkdir(parents=True, exist_ok=True)
 
     def reload(self) -> None:
         """What was not committed is gone."""
-        self._answer()
+        if self.failing_reloads:
+            self.failing_reloads -= 1
+            raise RuntimeError("there are open files preventing the operation")
         _mirror(self._committed, self._mount)
 
     def commit(self) -> None:
-        self._answer()
+        """Let others see what was written at the mount."""
+        if self.failing_commits:
+            self.failing_commits -= 1
+            raise RuntimeError("the volume is gone")
         _mirror(self._mount, self._committed)
-
-    def _answer(self) -> None:
-        if self.failing:
-            self.failing -= 1
-            raise RuntimeError("there are open files preventing the operation")
 
 
 def _mirror(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from grpclib import Status
@@ -24,6 +25,20 @@ def lose_answers(server: ModalDouble, method: str, times: int) -> None:
 
     lossy: dict[str, Unary] = {method: answer}
     server._plane.answer(lossy)
+
+
+def meanwhile(server: ModalDouble, method: str, happens: Callable[[], None]) -> None:
+    """Once, after the next call of a Volume's method is done and before it is answered."""
+    done = server.volumes.rpcs()[method]
+    left = [happens]
+
+    async def answer(request: Any, caller: Caller) -> Any:
+        answered = await done(request, caller)
+        if left:
+            left.pop()()
+        return answered
+
+    server._plane.answer({method: answer})
 
 
 SDK_GIVES_UP = 100
