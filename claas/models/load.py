@@ -104,12 +104,17 @@ def _local(source: str) -> str | Path:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """`auto`: the GPU where there is one. Raises ConfigurationError for a device that this machine does not have."""
+    """`auto`: the GPU where there is one. Raises ConfigurationError for a device that this machine does not have.
+
+    Who wants the CPU has no GPU looked for: torch would remember that there was none, in a snapshot that is later started with one.
+    """
+    if wanted == "cpu":
+        return torch.device("cpu")
     if wanted == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
         return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[wanted]:
         raise ConfigurationError(f"device {wanted!r} is not available on this machine: set CLAAS_DEVICE=auto")
     return torch.device(wanted, 0) if wanted == "cuda" else torch.device(wanted)
