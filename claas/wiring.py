@@ -6,12 +6,12 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from claas.core.errors import ClaasError, ConfigurationError
+from claas.core.errors import ClaasError, ConfigurationError, Conflict
 from claas.core.settings import Settings
 from claas.core.types import LoraInitRequest
 from claas.inference.base import InferenceBackend
@@ -30,6 +30,7 @@ from claas.rollouts.sql import SqlRolloutStore
 from claas.services import Services
 from claas.storage.database import Database
 from claas.training.engine.base import TrainingEngine
+from claas.wiring_modal import open_modal
 
 if TYPE_CHECKING:
     from claas.models.base_model import LoadedModel
@@ -58,12 +59,12 @@ async def open_services(settings: Settings, *, progress: bool = False) -> AsyncI
         elif settings.distill_execution_mode == "tinker":
             engine, inference, base_id = await _tinker(settings, database, stack)
         else:
-            raise ConfigurationError("distill_execution_mode 'modal' is not available in this version: use 'local' or 'tinker'")
+            engine, inference, base_id = await open_modal(settings, progress=progress)
         rollouts = SqlRolloutStore(database, max_count=settings.completion_cache_size, max_age_days=settings.rollout_max_age_days)
         feedback = FeedbackStore(database)
         journal = Journal(database, settings.log_dir)
         book = LessonBook(database)
-        locks = AdapterLocks(settings.feedback_lock_timeout_s)
+        locks = AdapterLocks(settings.feedback_lock_timeout_s, engine)
         updater = Updater(engine, inference, book)
         learner = Learner(engine, inference, rollouts, updater, Ledger(feedback, journal, engine), locks, base_id)
         retraction = Retraction(engine, updater, feedback, journal, book, locks)
@@ -114,10 +115,10 @@ async def _local(settings: Settings, progress: bool) -> Backends:
 def _local_inference(settings: Settings, base: LoadedModel, share: ComputeShare, engine: LocalEngine) -> InferenceBackend:
     """vLLM, if one is named; else the base model in this process."""
     if settings.vllm_base_url is not None:
-        from claas.inference.vllm import VllmInference
+        from claas.inference.vllm import VllmInference, vllm_of
         from claas.inference.vllm_control import DeviceMemory
 
-        return VllmInference(settings, base.tokenizer, DeviceMemory(engine.memory_needed, engine.free_memory))
+        return VllmInference(vllm_of(settings), base.tokenizer, DeviceMemory(engine.memory_needed, engine.free_memory))
     from claas.inference.embedded import EmbeddedInference
 
     return EmbeddedInference(
@@ -181,7 +182,8 @@ async def _begin(services: Services) -> None:
     await services.retraction.resume()
     adapter = services.settings.default_adapter
     if not (await services.engine.lora_exists(adapter)).exists:
-        await services.lifecycle.init(LoraInitRequest(lora_id=adapter))
+        with suppress(Conflict):  # another service on the same adapters was faster
+            await services.lifecycle.init(LoraInitRequest(lora_id=adapter))
     try:
         await services.inference.activate(await services.engine.lora_runtime_ref(adapter))
     except ClaasError as error:  # such as a server of its own that comes later: until then requests are told so

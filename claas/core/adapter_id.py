@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import datetime
 
 from claas.core.errors import BadRequest
 
@@ -35,9 +36,13 @@ def flat_name(lora_id: str) -> str:
     return lora_id.replace("/", "~")
 
 
-def vllm_name(lora_id: str, version: int) -> str:
-    """The name under which a server that knows only flat names serves this version."""
-    return f"claas-{flat_name(lora_id)}-v{version}"
+def vllm_name(lora_id: str, version: int, made: datetime | None = None) -> str:
+    """The name under which a server that knows only flat names serves this version.
+
+    With the time at which it was made, it is another name for an adapter that was deleted and made anew.
+    """
+    when = f"-{int(made.timestamp() * 1_000_000):x}" if made else ""
+    return f"claas-{flat_name(lora_id)}-v{version}{when}"
 
 
 @dataclass(frozen=True, slots=True)

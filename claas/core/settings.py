@@ -11,8 +11,8 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal, Self
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, Self
 
 import platformdirs
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -26,8 +26,10 @@ from claas.core.usage import TokenUse
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 CONFIG_VARIABLE = "CLAAS_CONFIG"
 TINKER_BASE_MODEL = "Qwen/Qwen3-30B-A3B"
+MODAL_BASE_MODEL = "Qwen/Qwen3-8B"
 TINKER_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
 SECRETS = ("tinker_api_key",)  # from the environment only
+APP_NAME = r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,47}$"  # leaves room for the names of its Volume and its Dict, at most 64 long
 CLIENT_VARIABLES = ("CLAAS_URL", "CLAAS_API_KEY")  # read by the command line's client, not by the service
 
 
@@ -47,7 +49,9 @@ class Settings(BaseSettings):
     # Model
     distill_execution_mode: EngineKind = Field("local", description="Training backend: local, tinker or modal.")
     base_model_id: str | None = Field(
-        None, description="Hub id or local folder. Unset: SmolLM2-135M-Instruct, embedded; in tinker mode Qwen/Qwen3-30B-A3B."
+        None,
+        description="Hub id or local folder. Unset: SmolLM2-135M-Instruct, embedded; in tinker mode Qwen/Qwen3-30B-A3B; in modal mode "
+        "Qwen/Qwen3-8B, unless modal_serving is embedded.",
     )
     trust_remote_code: str | None = Field(None, description="Name the base model here again to run code that its repository ships.")
     allowed_init_base_models: tuple[str, ...] = Field(
@@ -97,6 +101,37 @@ class Settings(BaseSettings):
         {}, description="Prices of a million tokens sampled, scored and trained, as a JSON object; shown in step records."
     )
     tinker_state_path: Path | None = Field(None, description="An upstream tinker_state.json, whose adapters are imported at the start.")
+
+    # Modal
+    modal_app: str = Field("claas", pattern=APP_NAME, description="The app on Modal; its Volume and its Dict are named after it.")
+    modal_environment: str | None = Field(
+        None, min_length=1, description="The app's environment on Modal. Unset: that of the Modal profile."
+    )
+    modal_gpu: str = Field(
+        "L40S",
+        min_length=1,
+        description="GPU that lessons run on, as Modal names it, such as H100 or A100-80GB; read by claas modal deploy.",
+    )
+    modal_serving: Literal["vllm", "embedded"] = Field(
+        "vllm", description="Who answers in modal mode: a vLLM in the app, or the embedded model in the service itself."
+    )
+    modal_vllm_gpu: str = Field("L40S", min_length=1, description="GPU of the app's vLLM; read by claas modal deploy.")
+    modal_max_containers: int = Field(
+        4, ge=1, description="Lessons, of different adapters, that are trained at the same time; read by claas modal deploy."
+    )
+    modal_scaledown_s: int = Field(
+        300, ge=2, le=1200, description="How long an idle container is kept, and paid for; read by claas modal deploy."
+    )
+    modal_timeout_s: int = Field(1800, ge=10, le=86_400, description="How long a lesson may train before it is stopped.")
+    modal_start_timeout_s: int = Field(600, ge=1, description="How long a lesson may wait for a container before it is given up.")
+    modal_prices: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {}, description="Dollars a second by the GPU's name, as a JSON object, in place of the list prices; shown in step records."
+    )
+    modal_volume_path: PurePosixPath = Field(PurePosixPath("/adapters"), description="Where containers of the app see the adapters.")
+    modal_models_path: PurePosixPath = Field(PurePosixPath("/models"), description="Where containers of the app keep base models.")
+    modal_secrets: tuple[str, ...] = Field(
+        (), description="Names of Modal secrets for the app's containers, as a JSON list, such as one that holds HF_TOKEN."
+    )
 
     # Storage
     data_dir: Path = Field(Path(platformdirs.user_data_dir("claas")), description="Database, adapters and logs. One service at a time.")
@@ -150,6 +185,13 @@ class Settings(BaseSettings):
             raise ValueError(f"{value!r} is no URL such as http://127.0.0.1:8000")
         return value.rstrip("/").removesuffix("/v1")
 
+    @field_validator("modal_volume_path", "modal_models_path")
+    @classmethod
+    def _mount(cls, value: PurePosixPath) -> PurePosixPath:
+        if not value.is_absolute() or value == PurePosixPath("/") or ".." in value.parts:
+            raise ValueError(f"{str(value)!r} is no place to mount a Volume, such as /adapters")
+        return value
+
     @field_validator("default_adapter")
     @classmethod
     def _adapter_id(cls, value: str) -> str:
@@ -170,6 +212,11 @@ class Settings(BaseSettings):
             raise ValueError("VLLM_BASE_URL cannot be used in tinker mode, where the Tinker server answers: unset it")
         if self.distill_execution_mode == "tinker" and not self.tinker_api_key and self.tinker_base_url == TINKER_URL:
             raise ValueError("tinker mode needs a key: set CLAAS_TINKER_API_KEY, or CLAAS_TINKER_BASE_URL to a server of your own")
+        if self.distill_execution_mode == "modal" and self.vllm_base_url is not None:
+            raise ValueError(
+                "VLLM_BASE_URL cannot be used in modal mode, where adapters are on a Volume that it does not see: unset it, and the app's "
+                "own vLLM answers, or the embedded model with CLAAS_MODAL_SERVING=embedded"
+            )
         if self.trust_remote_code is not None and self.trust_remote_code != self.base_model_id:
             raise ValueError(f"trust_remote_code names {self.trust_remote_code!r}, which is not the base model {self.base_model_id!r}")
         return self
@@ -178,6 +225,13 @@ class Settings(BaseSettings):
     def tinker_key(self) -> str:
         """What the Tinker server is sent. One of your own may ask for none, but the SDK sends one all the same."""
         return self.tinker_api_key.get_secret_value() if self.tinker_api_key else "tml-self-hosted"
+
+    @property
+    def modal_base_model(self) -> str | None:
+        """What the worker trains, and the service serves. None: the embedded default."""
+        if self.base_model_id is None and self.modal_serving == "vllm":
+            return MODAL_BASE_MODEL
+        return self.base_model_id
 
     @property
     def adapters_dir(self) -> Path:

@@ -1,4 +1,4 @@
-"""Tokens that are paid for, counted for whoever meters the task that uses them. Backends that cost nothing count nothing."""
+"""Tokens and machines that are paid for, counted for whoever meters the task that uses them. Backends that cost nothing count nothing."""
 
 from __future__ import annotations
 
@@ -14,19 +14,33 @@ PER = 1_000_000
 
 
 class Usage:
-    """Tokens by use, and their price; None where one of them has none."""
+    """Tokens by use, seconds by GPU, and their price; None where one of them has none."""
 
     def __init__(self) -> None:
         self.tokens: dict[TokenUse, int] = {}
+        self.gpu_seconds: dict[str, float] = {}
         self.price: float | None = 0.0
 
     def add(self, use: TokenUse, tokens: int, price: float | None) -> None:
         self.tokens[use] = self.tokens.get(use, 0) + tokens
-        self.price = None if price is None or self.price is None else self.price + tokens * price / PER
+        self._pay(None if price is None else tokens * price / PER)
+
+    def add_machine(self, gpu: str, seconds: float, price: float | None) -> None:
+        self.gpu_seconds[gpu] = round(self.gpu_seconds.get(gpu, 0.0) + seconds, 3)
+        self._pay(None if price is None else seconds * price)
+
+    def _pay(self, price: float | None) -> None:
+        self.price = None if price is None or self.price is None else self.price + price
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is something to pay for."""
+        return bool(self.tokens or self.gpu_seconds)
 
     def told(self) -> dict[str, Any]:
         """For a record."""
-        return {**{f"{use}_tokens": n for use, n in self.tokens.items()}, "price": self.price}
+        machines = {"gpu_seconds": self.gpu_seconds} if self.gpu_seconds else {}
+        return {**{f"{use}_tokens": n for use, n in self.tokens.items()}, **machines, "price": self.price}
 
 
 _meters: ContextVar[tuple[Usage, ...]] = ContextVar("meters", default=())
@@ -63,3 +77,9 @@ def count(use: TokenUse, tokens: int, price: float | None) -> None:
     """Tell whoever meters this task. `price` is of a million tokens, None if it is not known."""
     for usage in _meters.get():
         usage.add(use, tokens, price)
+
+
+def count_machine(gpu: str, seconds: float, price: float | None) -> None:
+    """Tell whoever meters this task. `price` is of a second, None if it is not known."""
+    for usage in _meters.get():
+        usage.add_machine(gpu, seconds, price)

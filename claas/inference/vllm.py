@@ -10,17 +10,18 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from pydantic import JsonValue
+from pydantic import JsonValue, SecretStr
 from transformers import PreTrainedTokenizerBase
 
 from claas.core.errors import BackendUnavailable, BadRequest, ClaasError, ConfigurationError, ContextOverflow
 from claas.core.settings import Settings
 from claas.core.types import LoraRuntimeRef, RoomPlan, ServiceHealth
 from claas.inference.base import GenerationChunk, GenerationRequest, InferenceBackend, Room, Score, TokenStream
-from claas.inference.vllm_adapters import VllmAdapters
-from claas.inference.vllm_control import DOWN, HEALTH_TIMEOUT_S, DeviceMemory, VllmControl
+from claas.inference.vllm_adapters import SharedFolder, VllmAdapters
+from claas.inference.vllm_control import DOWN, HEALTH_TIMEOUT_S, DeviceMemory, ReleasePolicy, VllmControl
 from claas.inference.vllm_http import UnknownToVllm, VllmDown, VllmHttp
 from claas.inference.vllm_wire import EventReader, route_and_body, score_body, scored
 from claas.models.chat_template import encode_reply, render
@@ -32,22 +33,71 @@ SPECIMEN = "CLaaS: naïve façade, 12 345 £ and 你好 — def f(x): return x<0
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class VllmPeer:
+    """A vLLM: where it is, and how this service gets on with it.
+
+    `policy`: how it makes room for a step. `folder`: where adapters are; None: their refs say it, and other services use it too.
+    `on_demand`: it starts when it is asked for something, and is paid for, so it is never asked just to see how it is.
+    """
+
+    url: str
+    api_key: str | None
+    policy: ReleasePolicy
+    folder: SharedFolder | None
+    max_adapters: int
+    drain_timeout_s: float
+    gate_timeout_s: float
+    on_demand: bool = False
+
+
+def vllm_of(settings: Settings) -> VllmPeer:
+    """The one that the operator runs, at `vllm_base_url`."""
+    assert settings.vllm_base_url is not None
+    return VllmPeer(
+        url=settings.vllm_base_url,
+        api_key=_secret(settings.vllm_api_key),
+        policy=settings.vllm_release,
+        folder=SharedFolder(settings.adapters_dir, settings.vllm_lora_root or settings.adapters_dir.resolve()),
+        max_adapters=settings.vllm_max_adapters,
+        drain_timeout_s=settings.feedback_drain_timeout_s,
+        gate_timeout_s=settings.vllm_gate_timeout_s,
+    )
+
+
+def vllm_on_modal(settings: Settings, url: str) -> VllmPeer:
+    """The one of the app on Modal, at `url`: it has a GPU of its own and the Volume in sight, and ends when nobody asks it anything."""
+    return VllmPeer(
+        url=url.rstrip("/"),
+        api_key=_secret(settings.vllm_api_key),
+        policy="none",
+        folder=None,
+        max_adapters=settings.vllm_max_adapters,
+        drain_timeout_s=settings.feedback_drain_timeout_s,
+        gate_timeout_s=settings.vllm_gate_timeout_s,
+        on_demand=True,
+    )
+
+
+def _secret(key: SecretStr | None) -> str | None:
+    return key.get_secret_value() if key else None
+
+
 class VllmInference(InferenceBackend):
-    """Serves what vLLM at `settings.vllm_base_url` serves. Make it on the event loop that will use it, and `begin`."""
+    """Serves what the vLLM `server` serves. Make it on the event loop that will use it, and `begin`."""
 
     kind: Literal["vllm"] = "vllm"
 
-    def __init__(self, settings: Settings, tokenizer: PreTrainedTokenizerBase, memory: DeviceMemory) -> None:
-        assert settings.vllm_base_url is not None
-        key = settings.vllm_api_key
-        self._http = VllmHttp(settings.vllm_base_url, key.get_secret_value() if key else None)
-        self._adapters = VllmAdapters(self._http, settings.vllm_max_adapters, settings.adapters_dir, settings.vllm_lora_root)
+    def __init__(self, server: VllmPeer, tokenizer: PreTrainedTokenizerBase, memory: DeviceMemory) -> None:
+        self._server = server
+        self._http = VllmHttp(server.url, server.api_key)
+        self._adapters = VllmAdapters(self._http, server.max_adapters, server.folder)
         self._control = VllmControl(
             self._http,
             memory,
-            policy=settings.vllm_release,
-            drain_timeout_s=settings.feedback_drain_timeout_s,
-            gate_timeout_s=settings.vllm_gate_timeout_s,
+            policy=server.policy,
+            drain_timeout_s=server.drain_timeout_s,
+            gate_timeout_s=server.gate_timeout_s,
             adapters=self._adapters,
             look=self._look,
         )
@@ -112,6 +162,8 @@ class VllmInference(InferenceBackend):
         }
         if self._closing or self._control.state == "down":
             return ServiceHealth(status="unhealthy", error="the service is closing" if self._closing else DOWN, detail=detail)
+        if self._server.on_demand:
+            return ServiceHealth(status="healthy", detail=detail)
         try:
             await self._http.ask("GET", "/health", timeout_s=HEALTH_TIMEOUT_S)
         except ClaasError as error:

@@ -1,7 +1,7 @@
 """Which adapter versions a vLLM knows. Each has a name and a folder of its own and is never loaded in place.
 
-vLLM's prefix cache is salted by name and path: other weights under the same two would be answered with stale KV. So a name also says
-when its folder was made: an adapter that was deleted and made anew, with the same numbers, is another name.
+vLLM's prefix cache is salted by name and path: other weights under the same two would be answered with stale KV. So a version's name also
+says when it was made (`LoraRuntimeRef.vllm_name`): an adapter that was deleted and made anew, with the same numbers, is another name.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import asyncio
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,14 @@ LOAD_TIMEOUT_S = 180.0
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class SharedFolder:
+    """The adapters' folder, as it is seen here and by vLLM."""
+
+    here: Path
+    there: Path
+
+
 @dataclass(slots=True)
 class _Loaded:
     ref: LoraRuntimeRef
@@ -37,15 +45,16 @@ class _Loaded:
 class VllmAdapters:
     """Loads versions when they are asked for, and unloads those that nobody uses: superseded ones, and all over `capacity`.
 
+    Without a `folder` a version lies where its ref says, out of sight from here, and other services may use this vLLM too.
+
     vLLM reads a version's folder again whenever its own cache has let go of it, and ends if the folder is gone. So the files of a version
     that is `in_use` must stay, and those of an adapter may go only while it is `leaving`.
     """
 
-    def __init__(self, http: VllmHttp, capacity: int, here: Path, there: Path | None) -> None:
+    def __init__(self, http: VllmHttp, capacity: int, folder: SharedFolder | None) -> None:
         self._http = http
         self._capacity = capacity
-        self._here = here.resolve()
-        self._there = there or self._here
+        self._folder = folder
         self._targets: frozenset[str] | None = None
         self._known: OrderedDict[str, _Loaded] = OrderedDict()  # the least recently used first
         self._unloading: dict[str, asyncio.Task[None]] = {}
@@ -65,7 +74,8 @@ class VllmAdapters:
 
         If vLLM does not know the name after all, for it was started anew, the version is loaded anew the next time.
         """
-        name = _name(ref)
+        self._check_there(ref)
+        name = ref.vllm_name
         if ref.lora_id in self._leaving:
             raise NotFound(f"the adapter {ref.lora_id!r} is being deleted", param="model")
         entry = self._known.get(name) or self._begin_loading(name, ref)
@@ -112,15 +122,20 @@ class VllmAdapters:
         await asyncio.gather(*self._unloading.values(), *(entry.loading for entry in self._known.values()), return_exceptions=True)
 
     async def begin(self) -> None:
-        """vLLM was started anew, or by a service before this one: it shall know none of our versions but those asked for from now on."""
+        """vLLM was started anew, or by a service before this one: it shall know none of our versions but those asked for from now on.
+
+        What it knows may also be another service's, where it is not this one's alone: then it is left there.
+        """
         self._known.clear()
         try:
             lora = (await self._http.ask("GET", "/server_info", params={"config_format": "json"}))["vllm_config"]["lora_config"]
             self._targets = frozenset(lora["target_modules"]) if lora and lora["target_modules"] else None
         except NotFound:  # it has no control endpoints, and is taken at its operator's word
             self._targets = None
+        if self._folder is None:
+            return
         for card in (await self._http.ask("GET", "/v1/models"))["data"]:
-            if card["parent"] is not None and Path(card["root"]).is_relative_to(self._there):
+            if card["parent"] is not None and Path(card["root"]).is_relative_to(self._folder.there):
                 await self._post_unload(card["id"])
 
     async def aclose(self) -> None:
@@ -146,7 +161,7 @@ class VllmAdapters:
     async def _load(self, name: str, ref: LoraRuntimeRef) -> None:
         if name in self._unloading:
             await self._unloading[name]
-        if self._targets is not None and (left_out := await asyncio.to_thread(_target_modules, ref) - self._targets):
+        if self._folder and self._targets is not None and (left_out := await asyncio.to_thread(_target_modules, ref) - self._targets):
             raise BadRequest(
                 f"{ref.lora_id!r} has LoRA on {sorted(left_out)}, which vLLM would leave out: start it with them in --lora-target-modules",
                 param="model",
@@ -156,7 +171,7 @@ class VllmAdapters:
                 "POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": self._path_there(ref)}, timeout_s=LOAD_TIMEOUT_S
             )
         except NotFound as error:
-            _name(ref)  # gone meanwhile, here too?
+            self._check_there(ref)  # gone meanwhile?
             raise BackendUnavailable(
                 "vLLM cannot load adapters: start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora, with the adapters' folder "
                 "in sight (CLAAS_VLLM_LORA_ROOT says where it sees it)"
@@ -188,23 +203,23 @@ class VllmAdapters:
             log.warning("vLLM did not unload %s: %s", name, error.message)
 
     def _path_there(self, ref: LoraRuntimeRef) -> str:
-        return str(self._there / Path(ref.lora_path).resolve().relative_to(self._here))
+        if self._folder is None:
+            return ref.lora_path
+        return str(self._folder.there / Path(ref.lora_path).resolve().relative_to(self._folder.here.resolve()))
+
+    def _check_there(self, ref: LoraRuntimeRef) -> None:
+        """Raises NotFound if its files are in sight from here and gone."""
+        if self._folder is not None and not Path(ref.lora_path).is_dir():
+            raise _gone(ref)
 
 
 def _target_modules(ref: LoraRuntimeRef) -> set[str]:
-    with _its_files(ref) as folder:
-        config = json.loads((folder / CONFIG).read_bytes())
+    try:
+        config = json.loads((Path(ref.lora_path) / CONFIG).read_bytes())
+    except OSError as error:
+        raise _gone(ref) from error
     return {str(name).rpartition(".")[2] for name in config["target_modules"]}
 
 
-def _name(ref: LoraRuntimeRef) -> str:
-    with _its_files(ref) as folder:
-        return f"{ref.vllm_name}-{folder.stat().st_mtime_ns:x}"
-
-
-@contextmanager
-def _its_files(ref: LoraRuntimeRef) -> Iterator[Path]:
-    try:
-        yield Path(ref.lora_path)
-    except OSError as error:
-        raise NotFound(f"version {ref.version} of {ref.lora_id!r} is gone", param="model") from error
+def _gone(ref: LoraRuntimeRef) -> NotFound:
+    return NotFound(f"version {ref.version} of {ref.lora_id!r} is gone", param="model")

@@ -1,7 +1,8 @@
 """Asks a vLLM over HTTP: JSON in and out, server-sent events, and its errors as ours. It knows no route and no adapter.
 
 A request that never reached vLLM, or got no byte of an answer, is sent again: sampling leaves nothing behind that a second try could
-double. What has begun to answer is never repeated.
+double. What has begun to answer is never repeated. Where Modal holds a request that waits for a container, it says where to ask for the
+answer (303), and is asked there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
+from yarl import URL
 
 from claas.core.errors import BackendUnavailable, ClaasError, ContextOverflow, NotFound, Overloaded, UpstreamRefused
 
@@ -24,6 +26,8 @@ KEEPALIVE_S = 3.0  # shorter than the server's own, so that it never closes a co
 PROBE_AFTER_S, PROBES = 15, 4  # of TCP, where nothing comes: a machine that is gone says no goodbye
 RETRY_AFTER_S = 5
 TRIES_S = (0.1, 0.4)
+MAX_WAITS = 40
+"""Times that an answer may be asked for elsewhere; Modal gives one after 150 s."""
 
 log = logging.getLogger(__name__)
 
@@ -82,18 +86,40 @@ class VllmHttp:
 
     async def _send(self, method: str, path: str, body: object, params: Mapping[str, str] | None = None) -> aiohttp.ClientResponse:
         """The response, its body not read yet, if it is a success."""
-        for wait_s in (*TRIES_S, None):
-            try:
-                response = await self._session.request(method, self._base_url + path, json=body, params=params, allow_redirects=False)
+        url = URL(self._base_url + path)
+        response = await self._reach(method, url.update_query(params or {}), body)
+        for _ in range(MAX_WAITS):
+            if response.status != 303:
                 break
-            except aiohttp.ClientError as error:
-                if wait_s is None:
-                    raise VllmDown("vLLM does not answer: it is starting, stopped, or somewhere else than VLLM_BASE_URL says") from error
-                await asyncio.sleep(wait_s)
-        if response.status < 400:
+            response.release()
+            response = await self._reach("GET", _same_server(url, response.headers.get("location", "")), None)
+        if response.status < 300:
             return response
         async with response:
             raise error_of(response.status, await _content_of(response))
+
+    async def _reach(self, method: str, url: URL, body: object) -> aiohttp.ClientResponse:
+        """Whatever is answered, its body not read yet. Raises VllmDown."""
+        for wait_s in TRIES_S:
+            try:
+                return await self._session.request(method, url, json=body, allow_redirects=False)
+            except aiohttp.ClientError:
+                await asyncio.sleep(wait_s)
+        try:
+            return await self._session.request(method, url, json=body, allow_redirects=False)
+        except aiohttp.ClientError as error:
+            raise VllmDown("vLLM does not answer: it is starting, stopped, or somewhere else than VLLM_BASE_URL says") from error
+
+
+def _same_server(url: URL, location: str) -> URL:
+    """Where an answer is asked for. Raises BackendUnavailable for another server: the key and the reply are not for it."""
+    try:
+        there = url.join(URL(location))
+    except ValueError:
+        there = URL()
+    if (there.scheme, there.host, there.port) != (url.scheme, url.host, url.port):
+        raise BackendUnavailable("vLLM's address sends on to another one: set VLLM_BASE_URL to where it serves")
+    return there
 
 
 def _probed_socket(address: aiohttp.AddrInfoType) -> socket.socket:
@@ -136,6 +162,8 @@ def error_of(status: int, content: bytes) -> ClaasError:
     if status >= 500:
         log.warning("vLLM answered %d: %s", status, message)
     message = re.sub(r"(?<![\w/])/[\w.~-]+(/[\w.~-]+)+", "…", message)[:1000]
+    if status < 400:
+        return BackendUnavailable("vLLM's address sends on to another one, or keeps us waiting: set VLLM_BASE_URL to where it serves")
     if status == 404:
         return UnknownToVllm(f"vLLM: {message}", param=param)
     if status in (401, 403):

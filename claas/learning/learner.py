@@ -79,7 +79,7 @@ class Learner:
                     with watch.phase("rollouts"):
                         payload = await self._with_rollouts(lesson.payload(feedback_ids))
                     step = await self._updater.update(payload, parent, watch, lesson.request.room)
-                if usage.tokens:
+                if usage.anything:
                     step = step.model_copy(update={"metadata": step.metadata | {"usage": usage.told()}})
                 with watch.phase("save"):
                     published = await self._publish(step)

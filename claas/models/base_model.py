@@ -5,10 +5,34 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class BaseModel(Protocol):
+    """What must be known of a base model to keep adapters of it: its name, shape and size."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def config(self) -> PretrainedConfig: ...
+
+    @property
+    def n_params(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DescribedModel:
+    """A base model whose weights are elsewhere, with its tokenizer."""
+
+    id: str
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    n_params: int
 
 
 @dataclass(frozen=True, slots=True)

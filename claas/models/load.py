@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from claas.core.errors import ConfigurationError
 from claas.core.settings import Settings
-from claas.models.base_model import LoadedModel
+from claas.models.base_model import DescribedModel, LoadedModel
 from claas.models.compute import in_fresh_thread
 from claas.models.default_model import DEFAULT_MODEL_ID, default_model
 
@@ -53,10 +53,7 @@ def _load(settings: Settings, progress: bool, on_host: bool) -> LoadedModel:
             module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=at_first, trust_remote_code=trust)
     except Exception as error:  # each library below has its own
         log.warning("loading the base model failed", exc_info=error)
-        raise ConfigurationError(
-            f"the base model {source or DEFAULT_MODEL_ID!r} cannot be loaded ({type(error).__name__}): set CLAAS_BASE_MODEL_ID to a model "
-            "of the Hugging Face hub or to a folder that holds one; the log says more"
-        ) from error
+        raise _cannot_be_loaded(source or DEFAULT_MODEL_ID, error) from error
     module = module.to("cpu" if on_host else device).eval().requires_grad_(False)
     if tokenizer.chat_template is None:
         raise ConfigurationError(f"the base model {_model_id(source)!r} has no chat template: choose an instruction-tuned model")
@@ -65,6 +62,32 @@ def _load(settings: Settings, progress: bool, on_host: bool) -> LoadedModel:
         module.set_attn_implementation(attention)
     return LoadedModel(
         id=_model_id(source), path=path, config=module.config, tokenizer=tokenizer, module=module, device=device, dtype=dtype
+    )
+
+
+def describe_base_model(settings: Settings) -> DescribedModel:
+    """The base model that the settings name, without its weights. Blocks. Raises ConfigurationError."""
+    source = settings.base_model_id
+    assert source is not None
+    path, trust = _local(source), settings.trust_remote_code is not None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    except Exception as error:  # each library below has its own
+        log.warning("reading the base model's config failed", exc_info=error)
+        raise _cannot_be_loaded(source, error) from error
+    if tokenizer.chat_template is None:
+        raise ConfigurationError(f"the base model {_model_id(source)!r} has no chat template: choose an instruction-tuned model")
+    n_params = sum(p.numel() for p in module.parameters())
+    return DescribedModel(id=_model_id(source), config=module.config, tokenizer=tokenizer, n_params=n_params)
+
+
+def _cannot_be_loaded(name: str, error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"the base model {name!r} cannot be loaded ({type(error).__name__}): set CLAAS_BASE_MODEL_ID to a model of the Hugging Face hub or "
+        "to a folder that holds one; the log says more"
     )
 
 
@@ -81,12 +104,17 @@ def _local(source: str) -> str | Path:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """`auto`: the GPU where there is one. Raises ConfigurationError for a device that this machine does not have."""
+    """`auto`: the GPU where there is one. Raises ConfigurationError for a device that this machine does not have.
+
+    Who wants the CPU has no GPU looked for: torch would remember that there was none, in a snapshot that is later started with one.
+    """
+    if wanted == "cpu":
+        return torch.device("cpu")
     if wanted == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
         return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[wanted]:
         raise ConfigurationError(f"device {wanted!r} is not available on this machine: set CLAAS_DEVICE=auto")
     return torch.device(wanted, 0) if wanted == "cuda" else torch.device(wanted)

@@ -10,6 +10,7 @@ import pytest
 HEAVY = {
     "torch",
     "transformers",
+    "modal",
     "peft",
     "numpy",
     "sqlalchemy",

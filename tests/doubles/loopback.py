@@ -11,8 +11,8 @@ from contextlib import suppress
 from typing import Self
 
 import uvicorn
-from starlette.applications import Starlette
 from starlette.requests import Request
+from starlette.types import ASGIApp
 
 from claas.cli.server import bind
 
@@ -42,7 +42,7 @@ class Loopback(ABC):
         return self._thread is not None and self._thread.is_alive()
 
     @abstractmethod
-    def app(self) -> Starlette:
+    def app(self) -> ASGIApp:
         """The application of a new life."""
 
     def start(self) -> None:

@@ -48,7 +48,7 @@ async def open_world(folder: Path, **settings: Any) -> AsyncIterator[World]:
     engine, inference, rollouts = MemoryEngine(BASE_MODEL), CharInference(), MemoryRolloutStore()
     feedback, journal, book = FeedbackStore(database), Journal(database, folder / "feedback"), LessonBook(database)
     chosen = Settings(data_dir=folder, distill_execution_mode="local", **settings)  # whatever the environment says: these are doubles
-    locks = AdapterLocks(chosen.feedback_lock_timeout_s)
+    locks = AdapterLocks(chosen.feedback_lock_timeout_s, engine)
     updater = Updater(engine, inference, book)
     learner = Learner(engine, inference, rollouts, updater, Ledger(feedback, journal, engine), locks, BASE_MODEL)
     retraction = Retraction(engine, updater, feedback, journal, book, locks)

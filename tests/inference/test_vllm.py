@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from claas.core.errors import BackendUnavailable, BadRequest, ConfigurationError, ContextOverflow, UpstreamRefused
-from claas.core.types import ChatMessage, LoraRuntimeRef, SamplingParams
+from claas.core.types import ChatMessage, SamplingParams
 from claas.inference.base import GenerationChunk, GenerationRequest, TokenStream, joined_tool_calls
 from claas.inference.vllm import VllmInference
 from claas.models.base_model import LoadedModel
@@ -226,7 +226,7 @@ async def test_idle_versions_make_way(double: VllmDouble, tiny_model: LoadedMode
         for other in "bcde":
             await backend.complete(ask(adapter=adapter_ref(tmp_path, tiny_model, seed=ord(other), lora_id=f"me/{other}")))
         await when(lambda: _loaded(double, {"c-v1", "d-v1", "e-v1"}))
-        again = await backend.complete(ask(adapter=_ref(tmp_path, "me/a", 3)))
+        again = await backend.complete(ask(adapter=adapter_ref(tmp_path, tiny_model, seed=3, version=3)))
         assert again.tokens
 
 
@@ -235,15 +235,10 @@ def _loaded(double: VllmDouble, wanted: set[str]) -> bool:
     return len(names) == len(wanted) and all(any(part in name for name in names) for part in wanted)
 
 
-def _ref(folder: Path, lora_id: str, version: int) -> LoraRuntimeRef:
-    name = f"claas-{lora_id.replace('/', '~')}-v{version}"
-    return LoraRuntimeRef(lora_id=lora_id, version=version, vllm_name=name, lora_path=str(folder / name))
-
-
 async def test_an_adapter_made_anew_under_its_old_name_speaks_for_itself(
     backend: VllmInference, tiny_model: LoadedModel, tmp_path: Path, double: VllmDouble
 ) -> None:
-    """Same id, same number, same folder, other weights: a stale prefix cache would answer with those that are gone."""
+    """Same id, same number, same folder, other weights: under the same name, a prefix cache would answer with those that are gone."""
     question = "A question that is long enough to be kept in the prefix cache."
     ref = adapter_ref(tmp_path, tiny_model, seed=1)
     old = await backend.complete(ask(question, ref))

@@ -18,7 +18,7 @@ import pytest
 from claas.core.errors import BackendUnavailable
 from claas.core.settings import Settings
 from claas.core.types import LoraRuntimeRef, RoomPlan
-from claas.inference.vllm import VllmInference
+from claas.inference.vllm import VllmInference, vllm_of
 from claas.inference.vllm_control import DeviceMemory
 from claas.inference.vllm_http import VllmHttp
 from claas.models.base_model import LoadedModel
@@ -182,7 +182,7 @@ async def test_something_else_that_answers_there_is_no_vllm(models: Any, tiny_mo
 
     with handled_by(Handler) as url:
         settings = Settings(data_dir=tmp_path, vllm_base_url=url)
-        backend = VllmInference(settings, tiny_model.tokenizer, DeviceMemory(lambda: 0, lambda: None))
+        backend = VllmInference(vllm_of(settings), tiny_model.tokenizer, DeviceMemory(lambda: 0, lambda: None))
         await backend.begin()
         with pytest.raises(BackendUnavailable, match="not ready"):
             await backend.stream(ask())

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from claas.core.settings import Settings
-from claas.inference.vllm import VllmInference
+from claas.inference.vllm import VllmInference, vllm_of
 from claas.inference.vllm_control import DeviceMemory
 from tests.doubles.vllm_engine import GIB
 from tests.doubles.vllm_server import VllmDouble
@@ -38,7 +38,7 @@ async def serving(
 ) -> AsyncIterator[VllmInference]:
     """`settings` go over the defaults; adapters are under `folder`."""
     chosen = Settings(data_dir=folder, lora_root=folder, vllm_base_url=double.url, **settings)
-    backend = VllmInference(chosen, tokenizer, memory or memory_of(double))
+    backend = VllmInference(vllm_of(chosen), tokenizer, memory or memory_of(double))
     try:
         await backend.begin()
         yield backend

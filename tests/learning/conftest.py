@@ -84,7 +84,7 @@ async def school(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterato
         FeedbackStore(database),
         Journal(database, tmp_path),
         LessonBook(database),
-        AdapterLocks(lock_timeout_s),
+        AdapterLocks(lock_timeout_s, engine),
     )
     updater = Updater(engine, inference, book)
     learner = Learner(engine, inference, rollouts, updater, Ledger(feedback, journal, engine), locks, engine.base_model)

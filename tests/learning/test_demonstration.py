@@ -91,7 +91,7 @@ async def open_class(model: LoadedModel, folder: Path, threads: int) -> AsyncIte
     rollouts = SqlRolloutStore(database, max_count=100, max_age_days=1)
     ledger = Ledger(FeedbackStore(database), Journal(database, folder / "log"), engine)
     updater = Updater(engine, inference, LessonBook(database))
-    learner = Learner(engine, inference, rollouts, updater, ledger, AdapterLocks(5.0), model.id)
+    learner = Learner(engine, inference, rollouts, updater, ledger, AdapterLocks(5.0, engine), model.id)
     await engine.init_lora(LoraInitRequest(lora_id=LORA))
     try:
         yield Class(model, engine, inference, rollouts, learner)

@@ -88,7 +88,7 @@ def write_adapter(
 
 
 def adapter_ref(folder: Path, model: LoadedModel, *, seed: int, lora_id: str = "me/a", version: int = 1, **how: object) -> LoraRuntimeRef:
-    """`write_adapter` under `folder`, and the reference a serving engine gets of it."""
+    """`write_adapter` under `folder`, and the reference a serving engine gets of it: other weights have another name."""
     name = f"claas-{lora_id.replace('/', '~')}-v{version}"
     path = write_adapter(folder / name, model, seed=seed, **how)  # type: ignore[arg-type]
-    return LoraRuntimeRef(lora_id=lora_id, version=version, vllm_name=name, lora_path=str(path))
+    return LoraRuntimeRef(lora_id=lora_id, version=version, vllm_name=f"{name}-{seed:x}", lora_path=str(path))

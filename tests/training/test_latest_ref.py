@@ -80,3 +80,12 @@ async def test_a_deleted_adapter_is_not_found_and_one_made_again_begins_anew(eng
         await engine.lora_runtime_ref(A)
     await engine.init_lora(LoraInitRequest(lora_id=A))
     assert (await engine.lora_runtime_ref(A)).version == 0
+
+
+async def test_one_made_again_has_another_name_where_it_is_served(engine: LocalEngine) -> None:
+    """Serving engines cache by name, and other services may have the one that is gone."""
+    before = await engine.lora_runtime_ref(A, 0)
+    await engine.delete_lora(A)
+    await engine.init_lora(LoraInitRequest(lora_id=A))
+    again = await engine.lora_runtime_ref(A, 0)
+    assert again.vllm_name != before.vllm_name and again.vllm_name == (await engine.lora_runtime_ref(A)).vllm_name

@@ -6,6 +6,8 @@ Every engine passes `tests/contracts/test_training_engine.py`. What differs betw
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from claas.core.types import (
     AdapterVersion,
@@ -29,6 +31,14 @@ class TrainingEngine(ABC):
     @abstractmethod
     def default_training(self) -> TrainingConfig:
         """The lesson settings that suit this engine's base model; a request's own fields go over them."""
+
+    @asynccontextmanager
+    async def exclusive(self, lora_id: str) -> AsyncIterator[None]:
+        """Keep other services from changing the adapter while the block does. By default nobody else can.
+
+        The service's own lock of the adapter is held already. Raises AdapterBusy, BackendUnavailable.
+        """
+        yield
 
     @abstractmethod
     async def distill(self, payload: DistillBatchRequestPayload) -> DistillResponse:

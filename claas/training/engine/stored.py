@@ -16,6 +16,7 @@ from claas.core.adapter_id import flat_name, parse_adapter_id, vllm_name
 from claas.core.errors import BadRequest
 from claas.core.types import (
     AdapterVersion,
+    DistillBatchRequestPayload,
     LoraDeleteResponse,
     LoraExistsPayload,
     LoraExportPayload,
@@ -25,7 +26,7 @@ from claas.core.types import (
     LoraRuntimeRef,
     TrainingConfig,
 )
-from claas.models.base_model import LoadedModel
+from claas.models.base_model import BaseModel
 from claas.training.defaults import default_lora, default_training
 from claas.training.engine.base import TrainingEngine
 
@@ -35,7 +36,7 @@ T = TypeVar("T")
 class StoredEngine(TrainingEngine):
     """Everything of a TrainingEngine but training."""
 
-    def __init__(self, store: AdapterStore, base: LoadedModel, allowed_base_models: tuple[str, ...]) -> None:
+    def __init__(self, store: AdapterStore, base: BaseModel, allowed_base_models: tuple[str, ...]) -> None:
         self._store = store
         self._base = base
         self._allowed = allowed_base_models or (base.id,)
@@ -113,26 +114,43 @@ class StoredEngine(TrainingEngine):
 
     async def lora_runtime_ref(self, lora_id: str, version: int | None = None) -> LoraRuntimeRef:
         """Every request to an adapter asks for its latest version: it is remembered until it moves, and costs no thread and no file."""
+        if version is not None:
+            return await asyncio.to_thread(self._ref, lora_id, version)
+        return self._latest.get(lora_id) or await self._look(lora_id)
 
-        def ref() -> LoraRuntimeRef:
-            number = self._store.latest(lora_id) if version is None else version
-            path = self._store.path(lora_id, number)
-            return LoraRuntimeRef(lora_id=lora_id, version=number, vllm_name=vllm_name(lora_id, number), lora_path=str(path))
-
-        if version is None and lora_id in self._latest:
-            return self._latest[lora_id]
+    async def _look(self, lora_id: str) -> LoraRuntimeRef:
+        """Which version is the latest, from the store."""
         moves = self._moves
-        found = await asyncio.to_thread(ref)
+        found = await asyncio.to_thread(lambda: self._ref(lora_id, self._store.latest(lora_id)))
         with self._moving:
-            if version is None and moves == self._moves:  # else it may be the one before
+            if moves == self._moves:  # else it may be the one before
                 self._latest[lora_id] = found
         return found
+
+    def _ref(self, lora_id: str, number: int) -> LoraRuntimeRef:
+        made = self._store.version(lora_id, number).created_at
+        name = vllm_name(lora_id, number, made)
+        return LoraRuntimeRef(lora_id=lora_id, version=number, vllm_name=name, lora_path=self._place(lora_id, number))
+
+    def _place(self, lora_id: str, number: int) -> str:
+        """Where whoever serves finds the version."""
+        return str(self._store.path(lora_id, number))
 
     def _move(self, lora_id: str, work: Callable[[], T]) -> T:
         """`work` changes which version is the latest. In its own thread, so that it is known even if nobody waits for it any more."""
         try:
             return work()
         finally:
-            with self._moving:
-                self._moves += 1
-                self._latest.pop(lora_id, None)
+            self._forget(lora_id)
+
+    def _forget(self, lora_id: str) -> None:
+        """What is remembered of the latest version may be wrong from now on, and what is being looked up as well."""
+        with self._moving:
+            self._moves += 1
+            self._latest.pop(lora_id, None)
+
+
+def refuse_in_place(payload: DistillBatchRequestPayload) -> None:
+    """Raises BadRequest."""
+    if payload.save_in_place:
+        raise BadRequest("save_in_place is not supported: versions are immutable, and a rollback undoes a lesson", param="save_in_place")
