@@ -115,7 +115,7 @@ def _local_inference(settings: Settings, base: LoadedModel, share: ComputeShare,
         from claas.inference.vllm import VllmInference
         from claas.inference.vllm_control import DeviceMemory
 
-        return VllmInference(settings, base.tokenizer, DeviceMemory(engine.memory_needed, engine.free_memory))
+        return VllmInference(settings, base.tokenizer, DeviceMemory(engine.memory_needed, engine.free_memory, engine.memory_wanted))
     from claas.inference.embedded import EmbeddedInference
 
     return EmbeddedInference(

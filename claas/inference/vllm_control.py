@@ -51,14 +51,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes of the trainer's device: what a step takes, and what is free now (None: the device does not tell)."""
+    """Bytes of the trainer's device: what a step takes, what is free now (None: the device does not tell), and what is wanted for a step
+    as large as any was: vLLM is asked for it, but if it has no more to give, what is needed is enough."""
 
     needed: Callable[[], int]
     free: Callable[[], int | None]
+    wanted: Callable[[], int] = lambda: 0
 
     def enough(self) -> bool | None:
         free = self.free()
         return None if free is None else free >= self.needed()
+
+    def ample(self) -> bool | None:
+        free = self.free()
+        return None if free is None else free >= self.aim()
+
+    def aim(self) -> int:
+        return max(self.needed(), self.wanted())
 
 
 class VllmControl:
@@ -86,7 +95,7 @@ class VllmControl:
         self._adapters = adapters
         self._look = look
         self._too_little = math.inf
-        """The least need that freeing the KV cache alone did not meet, of the vLLM that runs now."""
+        """The least aim that freeing the KV cache alone did not meet, of the vLLM that runs now."""
         self._closing = False
         self._device = asyncio.Lock()
         self._changed = asyncio.Condition()
@@ -207,13 +216,13 @@ class VllmControl:
     def _releases(self) -> tuple[Release, ...]:
         """What to try, the least first; what was too little for as much before is left out."""
         releases = RELEASES[self._policy]
-        return releases[-1:] if self._memory.needed() >= self._too_little else releases
+        return releases[-1:] if self._memory.aim() >= self._too_little else releases
 
     async def _make(self, room: Room, releases: tuple[Release, ...]) -> None:
-        enough = self._memory.enough()
+        enough, ample = self._memory.enough(), self._memory.ample()
         if self.state == "down":
             raise VllmDown(DOWN)
-        if self._policy == "auto" and enough is not False:  # it fits beside the server, or the device does not tell
+        if self._policy == "auto" and ample is not False:  # it fits beside the server, or the device does not tell
             return
         for release in releases:
             try:
@@ -225,11 +234,11 @@ class VllmControl:
                     raise
                 log.warning("vLLM could not make room by %s, so it does more: %s", release, error.message)
                 continue
-            if await self._settled():
+            if await self._settled(self._memory.enough if release == releases[-1] else self._memory.ample):
                 await self._become("training")
                 return
             if release == "kv_release":
-                self._too_little = min(self._too_little, self._memory.needed())
+                self._too_little = min(self._too_little, self._memory.aim())
         if not releases and enough is not False:
             return
         raise BackendUnavailable(
@@ -264,10 +273,10 @@ class VllmControl:
             ) from None
         await self._call("/pause", mode="wait")
 
-    async def _settled(self) -> bool:
-        """Whether there is room. Freed memory may take a moment to show."""
+    async def _settled(self, room: Callable[[], bool | None]) -> bool:
+        """Whether there is `room`. Freed memory may take a moment to show."""
         give_up = time.monotonic() + MEMORY_SETTLES_S
-        while self._memory.enough() is False:
+        while room() is False:
             if time.monotonic() > give_up:
                 return False
             await asyncio.sleep(0.1)
