@@ -20,7 +20,7 @@ from claas.core.settings import Settings
 from claas.core.types import LoraRuntimeRef, RoomPlan, ServiceHealth
 from claas.inference.base import GenerationChunk, GenerationRequest, InferenceBackend, Room, Score, TokenStream
 from claas.inference.vllm_adapters import VllmAdapters
-from claas.inference.vllm_control import DOWN, HEALTH_TIMEOUT_S, DeviceMemory, VllmControl
+from claas.inference.vllm_control import CONTROL_TIMEOUT_S, DOWN, HEALTH_TIMEOUT_S, DeviceMemory, VllmControl
 from claas.inference.vllm_http import UnknownToVllm, VllmDown, VllmHttp
 from claas.inference.vllm_wire import EventReader, route_and_body, score_body, scored
 from claas.models.chat_template import encode_reply, render
@@ -37,7 +37,14 @@ class VllmInference(InferenceBackend):
 
     kind: Literal["vllm"] = "vllm"
 
-    def __init__(self, settings: Settings, tokenizer: PreTrainedTokenizerBase, memory: DeviceMemory) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        tokenizer: PreTrainedTokenizerBase,
+        memory: DeviceMemory,
+        *,
+        control_timeout_s: float = CONTROL_TIMEOUT_S,
+    ) -> None:
         assert settings.vllm_base_url is not None
         key = settings.vllm_api_key
         self._http = VllmHttp(settings.vllm_base_url, key.get_secret_value() if key else None)
@@ -50,6 +57,7 @@ class VllmInference(InferenceBackend):
             gate_timeout_s=settings.vllm_gate_timeout_s,
             adapters=self._adapters,
             look=self._look,
+            control_timeout_s=control_timeout_s,
         )
         self._tokenizer = tokenizer
         self._base_model = ""

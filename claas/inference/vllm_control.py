@@ -83,6 +83,7 @@ class VllmControl:
         gate_timeout_s: float,
         adapters: VllmAdapters,
         look: Callable[[], Awaitable[None]],
+        control_timeout_s: float = CONTROL_TIMEOUT_S,
     ) -> None:
         self.state: State = "down"
         self.running = 0
@@ -94,6 +95,9 @@ class VllmControl:
         self._gate_timeout_s = gate_timeout_s
         self._adapters = adapters
         self._look = look
+        self._control_timeout_s = control_timeout_s
+        self._torn = False
+        """A sleep did not say that it was done: vLLM may take itself for awake, and its workers may have unmapped some of their weights."""
         self._too_little = math.inf
         """The least aim that freeing the KV cache alone did not meet, of the vLLM that runs now."""
         self._closing = False
@@ -171,7 +175,8 @@ class VllmControl:
         except (LookupError, TypeError, ValueError) as error:
             raise BackendUnavailable("what answers at VLLM_BASE_URL is no vLLM") from error
         try:
-            if await self._asleep():
+            self._torn |= await self._asleep()  # how whoever left it so went about it is not known
+            if self._torn:
                 await self._wake_all()
         except NotFound:
             if self._policy != "none":
@@ -257,7 +262,9 @@ class VllmControl:
             if release == "kv_release":
                 await self._call("/release_kv_cache_memory")
             else:
+                self._torn = True
                 await self._call("/sleep", level="1", mode="wait")
+                self._torn = False
         await self._become("asleep")
 
     async def _drain(self) -> None:
@@ -288,6 +295,7 @@ class VllmControl:
             await self._become("waking")
             for attempt in range(WAKE_TRIES):
                 try:
+                    await self._mend()
                     if room.slept:
                         await self._call("/wake_up", tags="weights")
                         await self._load_next(room)
@@ -310,17 +318,24 @@ class VllmControl:
             log.warning("version %d of %r could not be loaded: %s", room.next.version, room.next.lora_id, error.message)
 
     async def _wake_all(self) -> None:
-        """Awake and scheduling, whatever it was: asleep, paused, or neither."""
+        """Awake and scheduling, whatever it was: asleep, half asleep, paused, or neither."""
+        await self._mend()
         await self._call("/wake_up")
         if await self._asleep():
             raise BackendUnavailable("vLLM was told to wake up and is still asleep")
 
+    async def _mend(self) -> None:
+        """Have every worker map what it has unmapped. vLLM's own way to wake up does nothing where it takes itself for awake."""
+        if self._torn:
+            await self._http.ask("POST", "/collective_rpc", {"method": "wake_up"}, timeout_s=self._control_timeout_s)
+            self._torn = False
+
     async def _asleep(self) -> bool:
         """Asleep or paused."""
-        return bool(await self._http.ask("GET", "/is_sleeping", timeout_s=CONTROL_TIMEOUT_S) != {"is_sleeping": False})
+        return bool(await self._http.ask("GET", "/is_sleeping", timeout_s=self._control_timeout_s) != {"is_sleeping": False})
 
     async def _call(self, path: str, **params: str) -> None:
-        await self._http.ask("POST", path, params=params, timeout_s=CONTROL_TIMEOUT_S)
+        await self._http.ask("POST", path, params=params, timeout_s=self._control_timeout_s)
 
     # --- the state, and who waits for it ---
 
