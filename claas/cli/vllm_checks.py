@@ -88,13 +88,13 @@ def check_config(settings: Settings, info: Mapping[str, Any]) -> Iterator[Findin
     """What only vLLM's own view of its flags tells. It is for developers, so another version may tell it otherwise."""
     try:
         config = info["vllm_config"]
-        yield check_lora(config["lora_config"])
+        yield check_lora(settings, config["lora_config"])
         yield check_sleep_mode(settings, config)
     except (KeyError, TypeError):
         yield Finding("vllm flags", "warn", f"this version tells them otherwise than {TESTED}, so they were not checked: {HOW}")
 
 
-def check_lora(config: Mapping[str, Any] | None) -> Finding:
+def check_lora(settings: Settings, config: Mapping[str, Any] | None) -> Finding:
     """`config` is vLLM's own, None if it was started without adapters."""
     if config is None:
         return Finding("vllm lora", "fail", f"adapters are off: start it with --enable-lora; {HOW}")
@@ -104,6 +104,9 @@ def check_lora(config: Mapping[str, Any] | None) -> Finding:
         return Finding("vllm lora", "warn", f"{told}; {HOW}")
     if loras < 2:
         return Finding("vllm lora", "warn", f"{loras} adapter at a time: start it with --max-loras 2 or more, for two versions in turn")
+    if (kept := config["max_cpu_loras"]) < settings.vllm_max_adapters:
+        told = f"keeps {kept} adapters and is to know {settings.vllm_max_adapters}: the others are read from disk while every reply waits"
+        return Finding("vllm lora", "warn", f"{told}; start it with --max-cpu-loras {settings.vllm_max_adapters}")
     return Finding("vllm lora", "ok", f"{loras} adapters in a batch, rank {rank} at most, on {', '.join(layers)} and no other layers")
 
 

@@ -137,6 +137,7 @@ def test_a_vllm_in_which_all_is_well() -> None:
         ({"paths": PATHS}, "vllm control", "fail", "VLLM_SERVER_DEV_MODE=1"),
         ({"lora": None}, "vllm lora", "fail", "--enable-lora"),
         ({"lora": LORA | {"max_loras": 1}}, "vllm lora", "warn", "--max-loras 2"),
+        ({"lora": LORA | {"max_cpu_loras": 4}}, "vllm lora", "warn", "--max-cpu-loras 32"),
         ({"lora": LORA | {"target_modules": None}}, "vllm lora", "warn", "--lora-target-modules"),
         ({"lora": LORA | {"target_modules": ["q_proj", "lm_head"]}}, "vllm lora", "warn", "--lora-target-modules"),
         ({"lora": {}}, "vllm flags", "warn", "scripts/start-vllm"),
