@@ -165,7 +165,7 @@ async def test_requests_wait_through_an_update_and_those_that_ran_came_to_their_
 
 
 async def test_the_gate_gives_up_with_a_time_to_come_back(double: VllmDouble, tiny_model: LoadedModel, tmp_path: Path) -> None:
-    how: dict[str, Any] = {"vllm_release": "sleep", "vllm_gate_timeout_s": 0.05}
+    how: dict[str, Any] = {"vllm_release": "sleep", "vllm_gate_timeout_s": 0.05, "feedback_drain_timeout_s": 0.04}
     async with serving(double, tmp_path, tiny_model.tokenizer, **how) as backend:
         async with updating(backend):
             with pytest.raises(BackendUnavailable, match="the model is learning") as late:
