@@ -111,14 +111,19 @@ def check_lora(settings: Settings, config: Mapping[str, Any] | None) -> Finding:
 
 
 def check_sleep_mode(settings: Settings, config: Mapping[str, Any]) -> Finding:
-    """`config` is vLLM's own. Only a GPU has memory to give back, and only two of the release policies may ask for all of it."""
+    """`config` is vLLM's own. Only a GPU has memory to give back, and without sleep mode not even the KV cache's."""
+    policy = settings.vllm_release
     if config["device_config"]["device"] == "cpu":
+        if policy in ("kv_release", "sleep"):
+            told = f"on a CPU, which has no memory to give back: {policy!r} shuts the gate for nothing; set CLAAS_VLLM_RELEASE=auto or none"
+            return Finding("vllm sleep", "fail" if policy == "kv_release" else "warn", told)
         return Finding("vllm sleep", "ok", "on a CPU, which has no memory to give back")
     if config["model_config"]["enable_sleep_mode"]:
         return Finding("vllm sleep", "ok", "sleep mode is on")
-    if settings.vllm_release in ("auto", "sleep"):
-        return Finding("vllm sleep", "fail", "sleep mode is off: start it with --enable-sleep-mode, or set CLAAS_VLLM_RELEASE=kv_release")
-    return Finding("vllm sleep", "ok", f"sleep mode is off, and {settings.vllm_release!r} does without")
+    if policy == "none":
+        return Finding("vllm sleep", "ok", "sleep mode is off, and 'none' does without")
+    told = f"sleep mode is off, and without it {policy!r} frees nothing: start it with --enable-sleep-mode"
+    return Finding("vllm sleep", "fail", f"{told}, or, where a step fits beside it, set CLAAS_VLLM_RELEASE=none")
 
 
 def check_awake(sleeping: bool) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 from pathlib import Path
@@ -155,7 +156,23 @@ def test_what_is_wrong_with_a_vllm_is_told_with_what_to_do(changes: dict[str, An
 
 def test_what_a_policy_does_without_is_no_fault() -> None:
     assert vllm(answers(paths=PATHS), vllm_release="none")["vllm control"][0] == "ok"
-    assert vllm(answers(sleep_mode=False), vllm_release="kv_release")["vllm sleep"][0] == "ok"
+    assert vllm(answers(sleep_mode=False), vllm_release="none")["vllm sleep"][0] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("changes", "policy", "status"),
+    [
+        ({"sleep_mode": False}, "kv_release", "fail"),
+        ({"sleep_mode": False}, "sleep", "fail"),
+        ({"device": "cpu"}, "kv_release", "fail"),
+        ({"device": "cpu"}, "sleep", "warn"),
+    ],
+)
+def test_a_policy_that_frees_nothing_is_told_with_one_that_works(changes: dict[str, Any], policy: str, status: str) -> None:
+    found, told = vllm(answers(**changes), vllm_release=policy)["vllm sleep"]
+    assert found == status
+    (recommended,) = set(re.findall(r"CLAAS_VLLM_RELEASE=(\w+)", told))
+    assert vllm(answers(**changes), vllm_release=recommended)["vllm sleep"][0] == "ok"
 
 
 def test_the_limits_of_adapters_are_told() -> None:
