@@ -94,7 +94,8 @@ def test_the_gate_is_more_patient_than_the_drain(tmp_path: Path) -> None:
     result = claas("serve", "--data-dir", str(tmp_path), **environment)
     assert (result.code, result.out) == (2, "")
     assert "CLAAS_VLLM_GATE_TIMEOUT_S (180) must be more than FEEDBACK_DRAIN_TIMEOUT_S (200)" in result.err
-    assert Settings(**how, feedback_drain_timeout_s=200, vllm_release="none"), "it never pauses"
+    never_pauses = Settings(**how, feedback_drain_timeout_s=200, vllm_release="none")
+    assert never_pauses.vllm_gate_timeout_s == 180
 
 
 def test_a_mode_that_does_not_exist_is_a_usage_error() -> None:
