@@ -118,7 +118,8 @@ def _local_inference(settings: Settings, base: LoadedModel, share: ComputeShare,
         from claas.inference.vllm import VllmInference, vllm_of
         from claas.inference.vllm_control import DeviceMemory
 
-        return VllmInference(vllm_of(settings), base.tokenizer, DeviceMemory(engine.memory_needed, engine.free_memory))
+        memory = DeviceMemory(engine.memory_needed, engine.free_memory, engine.memory_wanted)
+        return VllmInference(vllm_of(settings), base.tokenizer, memory)
     from claas.inference.embedded import EmbeddedInference
 
     return EmbeddedInference(

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -202,8 +202,20 @@ class Replies:
 
 
 def _constrained(request: GenerationRequest) -> bool:
-    """Whether a grammar may have forbidden tokens."""
-    return request.response_format is not None or request.tool_choice not in (None, "auto", "none")
+    """Whether a grammar may have forbidden tokens: of an answer of a given form, of calls that are forced, strict, or one at most."""
+    if request.response_format is not None:
+        return True
+    if not request.tools or request.tool_choice == "none":
+        return False
+    forced = request.tool_choice not in (None, "auto")
+    return forced or request.parallel_tool_calls is False or any(map(_strict, request.tools))
+
+
+def _strict(tool: Mapping[str, JsonValue]) -> bool:
+    match tool:
+        case {"function": {"strict": True}}:
+            return True
+    return False
 
 
 async def _all_or_none(starts: Sequence[Coroutine[Any, Any, Reply]]) -> list[Reply]:

@@ -88,13 +88,13 @@ def check_config(settings: Settings, info: Mapping[str, Any]) -> Iterator[Findin
     """What only vLLM's own view of its flags tells. It is for developers, so another version may tell it otherwise."""
     try:
         config = info["vllm_config"]
-        yield check_lora(config["lora_config"])
+        yield check_lora(settings, config["lora_config"])
         yield check_sleep_mode(settings, config)
     except (KeyError, TypeError):
         yield Finding("vllm flags", "warn", f"this version tells them otherwise than {TESTED}, so they were not checked: {HOW}")
 
 
-def check_lora(config: Mapping[str, Any] | None) -> Finding:
+def check_lora(settings: Settings, config: Mapping[str, Any] | None) -> Finding:
     """`config` is vLLM's own, None if it was started without adapters."""
     if config is None:
         return Finding("vllm lora", "fail", f"adapters are off: start it with --enable-lora; {HOW}")
@@ -104,18 +104,26 @@ def check_lora(config: Mapping[str, Any] | None) -> Finding:
         return Finding("vllm lora", "warn", f"{told}; {HOW}")
     if loras < 2:
         return Finding("vllm lora", "warn", f"{loras} adapter at a time: start it with --max-loras 2 or more, for two versions in turn")
+    if (kept := config["max_cpu_loras"]) < settings.vllm_max_adapters:
+        told = f"keeps {kept} adapters and is to know {settings.vllm_max_adapters}: the others are read from disk while every reply waits"
+        return Finding("vllm lora", "warn", f"{told}; start it with --max-cpu-loras {settings.vllm_max_adapters}")
     return Finding("vllm lora", "ok", f"{loras} adapters in a batch, rank {rank} at most, on {', '.join(layers)} and no other layers")
 
 
 def check_sleep_mode(settings: Settings, config: Mapping[str, Any]) -> Finding:
-    """`config` is vLLM's own. Only a GPU has memory to give back, and only two of the release policies may ask for all of it."""
+    """`config` is vLLM's own. Only a GPU has memory to give back, and without sleep mode not even the KV cache's."""
+    policy = settings.vllm_release
     if config["device_config"]["device"] == "cpu":
+        if policy in ("kv_release", "sleep"):
+            told = f"on a CPU, which has no memory to give back: {policy!r} shuts the gate for nothing; set CLAAS_VLLM_RELEASE=auto or none"
+            return Finding("vllm sleep", "fail" if policy == "kv_release" else "warn", told)
         return Finding("vllm sleep", "ok", "on a CPU, which has no memory to give back")
     if config["model_config"]["enable_sleep_mode"]:
         return Finding("vllm sleep", "ok", "sleep mode is on")
-    if settings.vllm_release in ("auto", "sleep"):
-        return Finding("vllm sleep", "fail", "sleep mode is off: start it with --enable-sleep-mode, or set CLAAS_VLLM_RELEASE=kv_release")
-    return Finding("vllm sleep", "ok", f"sleep mode is off, and {settings.vllm_release!r} does without")
+    if policy == "none":
+        return Finding("vllm sleep", "ok", "sleep mode is off, and 'none' does without")
+    told = f"sleep mode is off, and without it {policy!r} frees nothing: start it with --enable-sleep-mode"
+    return Finding("vllm sleep", "fail", f"{told}, or, where a step fits beside it, set CLAAS_VLLM_RELEASE=none")
 
 
 def check_awake(sleeping: bool) -> Finding:

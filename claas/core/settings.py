@@ -80,7 +80,11 @@ class Settings(BaseSettings):
     vllm_release: Literal["auto", "none", "kv_release", "sleep"] = Field(
         "auto", description="How vLLM makes room for a step; auto takes the least that the measured free memory allows."
     )
-    vllm_gate_timeout_s: float = Field(60.0, gt=0, description="How long a request waits through an update before it is answered 503.")
+    vllm_gate_timeout_s: float = Field(
+        180.0,
+        gt=0,
+        description="How long a request waits through an update before it is answered 503; more than feedback_drain_timeout_s.",
+    )
 
     # Tinker
     tinker_api_key: SecretStr | None = Field(None, description="Key of the Tinker server; from the environment only.")
@@ -208,6 +212,12 @@ class Settings(BaseSettings):
             raise ValueError("FEEDBACK_WAKE_ON_FAILURE can only be true: a vLLM that is left asleep would answer nobody")
         if any(not key.get_secret_value().strip() for key in self.api_keys):
             raise ValueError("CLAAS_API_KEYS holds an empty key")
+        pauses = self.vllm_base_url is not None and self.vllm_release != "none"
+        if pauses and self.vllm_gate_timeout_s <= self.feedback_drain_timeout_s:
+            raise ValueError(
+                f"CLAAS_VLLM_GATE_TIMEOUT_S ({self.vllm_gate_timeout_s:g}) must be more than FEEDBACK_DRAIN_TIMEOUT_S "
+                f"({self.feedback_drain_timeout_s:g}): requests wait while replies come to their end, and for the update after that"
+            )
         if self.distill_execution_mode == "tinker" and self.vllm_base_url is not None:
             raise ValueError("VLLM_BASE_URL cannot be used in tinker mode, where the Tinker server answers: unset it")
         if self.distill_execution_mode == "tinker" and not self.tinker_api_key and self.tinker_base_url == TINKER_URL:

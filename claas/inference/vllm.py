@@ -21,7 +21,7 @@ from claas.core.settings import Settings
 from claas.core.types import LoraRuntimeRef, RoomPlan, ServiceHealth
 from claas.inference.base import GenerationChunk, GenerationRequest, InferenceBackend, Room, Score, TokenStream
 from claas.inference.vllm_adapters import SharedFolder, VllmAdapters
-from claas.inference.vllm_control import DOWN, HEALTH_TIMEOUT_S, DeviceMemory, ReleasePolicy, VllmControl
+from claas.inference.vllm_control import CONTROL_TIMEOUT_S, DOWN, HEALTH_TIMEOUT_S, DeviceMemory, ReleasePolicy, VllmControl
 from claas.inference.vllm_http import UnknownToVllm, VllmDown, VllmHttp
 from claas.inference.vllm_wire import EventReader, route_and_body, score_body, scored
 from claas.models.chat_template import encode_reply, render
@@ -88,7 +88,14 @@ class VllmInference(InferenceBackend):
 
     kind: Literal["vllm"] = "vllm"
 
-    def __init__(self, server: VllmPeer, tokenizer: PreTrainedTokenizerBase, memory: DeviceMemory) -> None:
+    def __init__(
+        self,
+        server: VllmPeer,
+        tokenizer: PreTrainedTokenizerBase,
+        memory: DeviceMemory,
+        *,
+        control_timeout_s: float = CONTROL_TIMEOUT_S,
+    ) -> None:
         self._server = server
         self._http = VllmHttp(server.url, server.api_key)
         self._adapters = VllmAdapters(self._http, server.max_adapters, server.folder)
@@ -100,6 +107,7 @@ class VllmInference(InferenceBackend):
             gate_timeout_s=server.gate_timeout_s,
             adapters=self._adapters,
             look=self._look,
+            control_timeout_s=control_timeout_s,
         )
         self._tokenizer = tokenizer
         self._base_model = ""

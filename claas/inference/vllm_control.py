@@ -51,14 +51,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes of the trainer's device: what a step takes, and what is free now (None: the device does not tell)."""
+    """Bytes of the trainer's device: what a step takes, what is free now (None: the device does not tell), and what is wanted for a step
+    as large as any was: vLLM is asked for it, but if it has no more to give, what is needed is enough."""
 
     needed: Callable[[], int]
     free: Callable[[], int | None]
+    wanted: Callable[[], int] = lambda: 0
 
     def enough(self) -> bool | None:
         free = self.free()
         return None if free is None else free >= self.needed()
+
+    def ample(self) -> bool | None:
+        free = self.free()
+        return None if free is None else free >= self.aim()
+
+    def aim(self) -> int:
+        return max(self.needed(), self.wanted())
 
 
 class VllmControl:
@@ -74,6 +83,7 @@ class VllmControl:
         gate_timeout_s: float,
         adapters: VllmAdapters,
         look: Callable[[], Awaitable[None]],
+        control_timeout_s: float = CONTROL_TIMEOUT_S,
     ) -> None:
         self.state: State = "down"
         self.running = 0
@@ -85,8 +95,11 @@ class VllmControl:
         self._gate_timeout_s = gate_timeout_s
         self._adapters = adapters
         self._look = look
+        self._control_timeout_s = control_timeout_s
+        self._torn = False
+        """A sleep did not say that it was done: vLLM may take itself for awake, and its workers may have unmapped some of their weights."""
         self._too_little = math.inf
-        """The least need that freeing the KV cache alone did not meet, of the vLLM that runs now."""
+        """The least aim that freeing the KV cache alone did not meet, of the vLLM that runs now."""
         self._closing = False
         self._device = asyncio.Lock()
         self._changed = asyncio.Condition()
@@ -162,7 +175,8 @@ class VllmControl:
         except (LookupError, TypeError, ValueError) as error:
             raise BackendUnavailable("what answers at VLLM_BASE_URL is no vLLM") from error
         try:
-            if await self._asleep():
+            self._torn |= await self._asleep()  # how whoever left it so went about it is not known
+            if self._torn:
                 await self._wake_all()
         except NotFound:
             if self._policy != "none":
@@ -207,13 +221,13 @@ class VllmControl:
     def _releases(self) -> tuple[Release, ...]:
         """What to try, the least first; what was too little for as much before is left out."""
         releases = RELEASES[self._policy]
-        return releases[-1:] if self._memory.needed() >= self._too_little else releases
+        return releases[-1:] if self._memory.aim() >= self._too_little else releases
 
     async def _make(self, room: Room, releases: tuple[Release, ...]) -> None:
-        enough = self._memory.enough()
+        enough, ample = self._memory.enough(), self._memory.ample()
         if self.state == "down":
             raise VllmDown(DOWN)
-        if self._policy == "auto" and enough is not False:  # it fits beside the server, or the device does not tell
+        if self._policy == "auto" and ample is not False:  # it fits beside the server, or the device does not tell
             return
         for release in releases:
             try:
@@ -225,11 +239,11 @@ class VllmControl:
                     raise
                 log.warning("vLLM could not make room by %s, so it does more: %s", release, error.message)
                 continue
-            if await self._settled():
+            if await self._settled(self._memory.enough if release == releases[-1] else self._memory.ample):
                 await self._become("training")
                 return
             if release == "kv_release":
-                self._too_little = min(self._too_little, self._memory.needed())
+                self._too_little = min(self._too_little, self._memory.aim())
         if not releases and enough is not False:
             return
         raise BackendUnavailable(
@@ -248,7 +262,9 @@ class VllmControl:
             if release == "kv_release":
                 await self._call("/release_kv_cache_memory")
             else:
+                self._torn = True
                 await self._call("/sleep", level="1", mode="wait")
+                self._torn = False
         await self._become("asleep")
 
     async def _drain(self) -> None:
@@ -264,10 +280,10 @@ class VllmControl:
             ) from None
         await self._call("/pause", mode="wait")
 
-    async def _settled(self) -> bool:
-        """Whether there is room. Freed memory may take a moment to show."""
+    async def _settled(self, room: Callable[[], bool | None]) -> bool:
+        """Whether there is `room`. Freed memory may take a moment to show."""
         give_up = time.monotonic() + MEMORY_SETTLES_S
-        while self._memory.enough() is False:
+        while room() is False:
             if time.monotonic() > give_up:
                 return False
             await asyncio.sleep(0.1)
@@ -279,6 +295,7 @@ class VllmControl:
             await self._become("waking")
             for attempt in range(WAKE_TRIES):
                 try:
+                    await self._mend()
                     if room.slept:
                         await self._call("/wake_up", tags="weights")
                         await self._load_next(room)
@@ -301,17 +318,24 @@ class VllmControl:
             log.warning("version %d of %r could not be loaded: %s", room.next.version, room.next.lora_id, error.message)
 
     async def _wake_all(self) -> None:
-        """Awake and scheduling, whatever it was: asleep, paused, or neither."""
+        """Awake and scheduling, whatever it was: asleep, half asleep, paused, or neither."""
+        await self._mend()
         await self._call("/wake_up")
         if await self._asleep():
             raise BackendUnavailable("vLLM was told to wake up and is still asleep")
 
+    async def _mend(self) -> None:
+        """Have every worker map what it has unmapped. vLLM's own way to wake up does nothing where it takes itself for awake."""
+        if self._torn:
+            await self._http.ask("POST", "/collective_rpc", {"method": "wake_up"}, timeout_s=self._control_timeout_s)
+            self._torn = False
+
     async def _asleep(self) -> bool:
         """Asleep or paused."""
-        return bool(await self._http.ask("GET", "/is_sleeping", timeout_s=CONTROL_TIMEOUT_S) != {"is_sleeping": False})
+        return bool(await self._http.ask("GET", "/is_sleeping", timeout_s=self._control_timeout_s) != {"is_sleeping": False})
 
     async def _call(self, path: str, **params: str) -> None:
-        await self._http.ask("POST", path, params=params, timeout_s=CONTROL_TIMEOUT_S)
+        await self._http.ask("POST", path, params=params, timeout_s=self._control_timeout_s)
 
     # --- the state, and who waits for it ---
 

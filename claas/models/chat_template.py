@@ -125,12 +125,11 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     return tuple(token for piece in pieces for token in piece)
 
 
+@lru_cache(maxsize=8)
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Every control token that can be split, the longest first: one character cannot be."""
-    added = tokenizer.added_tokens_decoder.values()
-    return _any_of(tuple(sorted((str(t) for t in added if t.special and len(str(t)) > 1), key=len, reverse=True)))
+    """Every control token that can be split, the longest first: one character cannot be.
 
-
-@lru_cache(maxsize=16)
-def _any_of(literals: tuple[str, ...]) -> re.Pattern[str]:
+    Looked for once: to list the added tokens takes longer than to read a message. A tokenizer in use is given no further ones.
+    """
+    literals = sorted((str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and len(str(t)) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, literals)) if literals else r"(?!)")

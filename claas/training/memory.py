@@ -6,7 +6,8 @@ The estimate counts, for one micro-batch of a given number of tokens:
     activations  every layer's graph; or, where layers are computed twice, every layer's input and one layer's graph
     logits       a chunk of positions by the vocabulary four times: student, teacher, softmax, gradient
 A layer's graph is taken as `GRAPH` times what its linear layers read and write (their norms, gates, rotated heads and gradients lie between
-them). What a step was seen to take on the device corrects the estimate, upward only.
+them). What steps were seen to take on the device is how much room is wanted, where that is more; without the estimate none is begun. So one
+long conversation that ran out of memory is no reason to refuse the short ones after it.
 """
 
 from __future__ import annotations

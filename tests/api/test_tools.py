@@ -56,6 +56,29 @@ async def test_the_form_of_an_answer_is_passed_on(client: httpx.AsyncClient, wor
     assert world.inference.requests[-1].response_format == form
 
 
+@pytest.mark.parametrize(
+    ("asked", "constrained"),
+    [
+        ({}, False),
+        ({"tools": [WEATHER]}, False),
+        ({"tools": [WEATHER], "tool_choice": "auto", "parallel_tool_calls": True}, False),
+        ({"tools": [WEATHER, CLOCK], "tool_choice": "none", "parallel_tool_calls": False}, False),
+        ({"tools": [WEATHER, CLOCK]}, True),
+        ({"tools": [WEATHER], "parallel_tool_calls": False}, True),
+        ({"tools": [WEATHER], "tool_choice": "required"}, True),
+        ({"tools": [WEATHER, CLOCK], "tool_choice": NAMED}, True),
+        ({"response_format": {"type": "json_object"}}, True),
+        ({"response_format": {"type": "text"}}, False),
+    ],
+)
+async def test_a_reply_under_a_grammar_is_stored_as_one(
+    client: httpx.AsyncClient, world: World, asked: dict[str, Any], constrained: bool
+) -> None:
+    """vLLM 0.32 has a grammar for free calls too, of tools that are strict and where one call is the most."""
+    answer = await chat(client, **asked)
+    assert (await world.rollouts.get(answer["id"])).sampling.constrained == constrained
+
+
 async def test_calls_and_their_results_are_sent_back(client: httpx.AsyncClient, world: World) -> None:
     world.inference.reply = lambda _: Said(reasoning="Ask.", tool_calls=CALLS)
     message = (await chat(client, tools=[WEATHER, CLOCK]))["choices"][0]["message"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -143,6 +144,7 @@ def test_a_vllm_in_which_all_is_well() -> None:
         ({"paths": PATHS}, "vllm control", "fail", "VLLM_SERVER_DEV_MODE=1"),
         ({"lora": None}, "vllm lora", "fail", "--enable-lora"),
         ({"lora": LORA | {"max_loras": 1}}, "vllm lora", "warn", "--max-loras 2"),
+        ({"lora": LORA | {"max_cpu_loras": 4}}, "vllm lora", "warn", "--max-cpu-loras 32"),
         ({"lora": LORA | {"target_modules": None}}, "vllm lora", "warn", "--lora-target-modules"),
         ({"lora": LORA | {"target_modules": ["q_proj", "lm_head"]}}, "vllm lora", "warn", "--lora-target-modules"),
         ({"lora": {}}, "vllm flags", "warn", "scripts/start-vllm"),
@@ -160,7 +162,23 @@ def test_what_is_wrong_with_a_vllm_is_told_with_what_to_do(changes: dict[str, An
 
 def test_what_a_policy_does_without_is_no_fault() -> None:
     assert vllm(answers(paths=PATHS), vllm_release="none")["vllm control"][0] == "ok"
-    assert vllm(answers(sleep_mode=False), vllm_release="kv_release")["vllm sleep"][0] == "ok"
+    assert vllm(answers(sleep_mode=False), vllm_release="none")["vllm sleep"][0] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("changes", "policy", "status"),
+    [
+        ({"sleep_mode": False}, "kv_release", "fail"),
+        ({"sleep_mode": False}, "sleep", "fail"),
+        ({"device": "cpu"}, "kv_release", "fail"),
+        ({"device": "cpu"}, "sleep", "warn"),
+    ],
+)
+def test_a_policy_that_frees_nothing_is_told_with_one_that_works(changes: dict[str, Any], policy: str, status: str) -> None:
+    found, told = vllm(answers(**changes), vllm_release=policy)["vllm sleep"]
+    assert found == status
+    (recommended,) = set(re.findall(r"CLAAS_VLLM_RELEASE=(\w+)", told))
+    assert vllm(answers(**changes), vllm_release=recommended)["vllm sleep"][0] == "ok"
 
 
 def test_the_limits_of_adapters_are_told() -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -83,6 +84,18 @@ def test_a_vllm_url_is_a_setting(tmp_path: Path) -> None:
     result = claas("serve", "--vllm-url", "127.0.0.1:8000", "--data-dir", str(tmp_path))
     assert (result.code, result.out) == (2, "")
     assert "'127.0.0.1:8000' is no URL such as http://127.0.0.1:8000" in result.err
+
+
+def test_the_gate_is_more_patient_than_the_drain(tmp_path: Path) -> None:
+    """A request that came as the drain began would be refused before the update has even begun."""
+    how: dict[str, Any] = {"data_dir": tmp_path, "vllm_base_url": "http://127.0.0.1:1"}
+    assert Settings(**how).vllm_gate_timeout_s >= 1.5 * Settings(**how).feedback_drain_timeout_s
+    environment = {"FEEDBACK_DRAIN_TIMEOUT_S": "200", "VLLM_BASE_URL": "http://127.0.0.1:1"}
+    result = claas("serve", "--data-dir", str(tmp_path), **environment)
+    assert (result.code, result.out) == (2, "")
+    assert "CLAAS_VLLM_GATE_TIMEOUT_S (180) must be more than FEEDBACK_DRAIN_TIMEOUT_S (200)" in result.err
+    never_pauses = Settings(**how, feedback_drain_timeout_s=200, vllm_release="none")
+    assert never_pauses.vllm_gate_timeout_s == 180
 
 
 def test_a_mode_that_does_not_exist_is_a_usage_error() -> None:

@@ -12,7 +12,7 @@ from tests.doubles.http import Answering, handled_by
 
 PATHS = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/chat/completions"]
 CONTROL = ["/pause", "/resume", "/sleep", "/wake_up", "/is_sleeping", "/release_kv_cache_memory"]
-LORA = {"max_lora_rank": 32, "max_loras": 4, "target_modules": ["q_proj", "v_proj"]}
+LORA = {"max_lora_rank": 32, "max_loras": 4, "max_cpu_loras": 32, "target_modules": ["q_proj", "v_proj"]}
 
 
 def answers(model: str = "tiny", **changes: Any) -> dict[str, Any]:

@@ -144,6 +144,7 @@ def test_vllm_is_started_with_every_flag_that_claas_needs(project: Project) -> N
     flags = dict(pairwise(words))
     assert (flags["serve"], flags["--served-model-name"], flags["--host"]) == ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B", "0.0.0.0")
     assert (flags["--max-loras"], flags["--max-lora-rank"], flags["--max-model-len"]) == ("4", "32", "16384")
+    assert flags["--max-cpu-loras"] == project.services["api"].environment["CLAAS_VLLM_MAX_ADAPTERS"] == "32"
     assert (flags["--gpu-memory-utilization"], flags["--tool-call-parser"]) == ("0.88", "hermes")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from claas.adapters.initialise import DEFAULT_TARGETS
+from claas.core.settings import Settings
 from tests.docker.compose import ROOT
 from tests.docs.markdown import rows, sections
 
@@ -51,6 +52,20 @@ def test_the_layers_that_it_adapts_are_those_that_are_trained() -> None:
     first = words.index("--lora-target-modules") + 1
     assert tuple(words[first : first + len(DEFAULT_TARGETS)]) == DEFAULT_TARGETS
     assert words[first + len(DEFAULT_TARGETS)].startswith("--")
+
+
+@pytest.mark.parametrize(
+    ("words", "known", "kept"),
+    [([], "", "32"), ([], "80", "80"), (["--max-loras", "48"], "", "48"), (["--max-cpu-loras", "7"], "80", "7")],
+)
+def test_it_keeps_as_many_adapters_as_claas_has_it_know(words: list[str], known: str, kept: str) -> None:
+    """What it would not keep is read from disk in the middle of serving; fewer than --max-loras is refused by vLLM."""
+    said = command("--model", "a/b", *words, CLAAS_VLLM_MAX_ADAPTERS=known)
+    assert dict(pairwise(said))["--max-cpu-loras"] == kept
+
+
+def test_the_default_of_both_is_the_same() -> None:
+    assert flags("--model", "a/b")["--max-cpu-loras"] == str(Settings().vllm_max_adapters)
 
 
 def test_on_a_cpu() -> None:
@@ -102,7 +117,7 @@ def test_a_wrong_option_starts_nothing(words: list[str]) -> None:
 def test_help_tells_every_option() -> None:
     text = start_vllm("--help").stdout
     taken = set(re.findall(r"^\s+(--[a-z-]+)\) [a-z_]+=\$2", SCRIPT.read_text(), flags=re.MULTILINE)) | {"--cuda", "--cpu", "--dry-run"}
-    assert len(taken) == 10
+    assert len(taken) == 11
     assert all(option in text for option in taken)
 
 
@@ -138,7 +153,8 @@ def test_vllm_knows_every_flag(device: str, tmp_path: Path) -> None:
         "import json, sys; from vllm.entrypoints.launchers.cli_args import make_arg_parser;"
         "from vllm.utils.argparse_utils import FlexibleArgumentParser as Parser;"
         "args = make_arg_parser(Parser()).parse_args(sys.argv[1:]);"
-        "print(json.dumps([args.enable_lora, args.max_loras, args.max_lora_rank, args.max_logprobs, args.host, args.enable_sleep_mode]))"
+        "print(json.dumps([args.enable_lora, args.max_loras, args.max_cpu_loras, args.max_lora_rank, args.max_logprobs, args.host,"
+        "args.enable_sleep_mode]))"
     )
     run = subprocess.run(
         [str(VLLM_PYTHON), "-c", code, *given],
@@ -150,4 +166,4 @@ def test_vllm_knows_every_flag(device: str, tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert json.loads(run.stdout.splitlines()[-1]) == [True, 4, 32, 64, "127.0.0.1", device == "--cuda"]
+    assert json.loads(run.stdout.splitlines()[-1]) == [True, 4, 32, 32, 64, "127.0.0.1", device == "--cuda"]

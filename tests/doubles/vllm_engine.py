@@ -102,6 +102,8 @@ class VllmEngine:
         self.adapters: dict[str, Adapter] = {}
         self.paused: Literal["new", "all"] | None = None
         self.asleep: set[str] = set()
+        self.torn = False
+        """Workers have unmapped some of their weights, and the engine does not know."""
         self.gauge = "awake"
         self.dead = False
         self.on_death: Callable[[], None] = lambda: None
@@ -138,7 +140,7 @@ class VllmEngine:
         while not self.dead:
             self._admit()
             moving = [] if self.paused == "all" else list(self.running)
-            if moving and self.asleep and self.device == "cuda":
+            if moving and (self.asleep or self.torn) and self.device == "cuda":
                 self.crash("a step ran while memory was asleep: the scheduler was resumed too early")
                 return
             if (
@@ -255,6 +257,14 @@ class VllmEngine:
         self._news.set()
         return True
 
+    async def sleep_half(self) -> None:
+        await self.pause("wait")
+        self.torn = True
+
+    def wake_workers(self) -> None:
+        """Behind the engine's back: all memory is back, and the engine's idea of it stays as it was."""
+        self.torn = False
+
     def reset_prefix_cache(self) -> bool:
         if self.running:
             return False
@@ -309,7 +319,7 @@ class VllmEngine:
             raise Refused(400, "InvalidUserInput", f"The lora adapter '{name}' has already been loaded. {how}")
         if in_place:
             self.violations.append(f"{name!r} was loaded in place")
-        if "weights" in self.asleep and self.device == "cuda":
+        if ("weights" in self.asleep or self.torn) and self.device == "cuda":
             self.crash(f"{name!r} was loaded while the weights slept")
             raise failed_call("add_lora", "CUDA error: an illegal memory access was encountered", worker=True)
         adapter = Adapter(name, path, self._read(name, Path(path)))

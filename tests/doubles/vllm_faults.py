@@ -27,11 +27,12 @@ class Fault:
 
     status: answered `status` with `text`, nothing done. hang: never answered, nothing done. delay: done after `seconds`.
     lost: done, and the connection is cut instead of an answer. die: the server dies before it is done. die_after: after.
+    half: of /sleep. A worker unmaps some of its weights and breaks; the engine takes itself for awake. Answered `status`.
     drop: the connection is cut after `tokens` streamed tokens. error: the stream breaks after them with an error event of `status`.
     """
 
     path: str
-    do: Literal["status", "hang", "delay", "lost", "die", "die_after", "drop", "error"]
+    do: Literal["status", "hang", "delay", "lost", "die", "die_after", "half", "drop", "error"]
     nth: int = 1
     times: int | None = 1
     status: int = 500

@@ -28,7 +28,7 @@ from tests.doubles.vllm_faults import Call, Fault
 from tests.doubles.vllm_script import Step
 
 VERSION = "0.32.0"
-CONTROL = ("/pause", "/resume", "/sleep", "/wake_up", "/release_kv_cache_memory", "/reset_prefix_cache")
+CONTROL = ("/pause", "/resume", "/sleep", "/wake_up", "/release_kv_cache_memory", "/reset_prefix_cache", "/collective_rpc")
 ADAPTERS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 Handler = Callable[[HttpRequest], Awaitable[Response]]
@@ -147,6 +147,10 @@ class VllmDouble(Loopback):
             case "delay":
                 assert fault is not None
                 await asyncio.sleep(fault.seconds)
+            case "half":
+                assert fault is not None
+                await self.engine.sleep_half()
+                raise Refused(fault.status, "InternalServerError", fault.text)
             case "die":
                 self.cut()
             case "die_after" | "lost" as end:
@@ -220,6 +224,11 @@ class VllmDouble(Loopback):
             case "/sleep":
                 await engine.sleep(level, mode)
                 return JSONResponse({"status": "sleeping", "level": level})
+            case "/collective_rpc":
+                if http.state.body != {"method": "wake_up"}:
+                    raise NotImplementedError("the double has this one method")
+                engine.wake_workers()
+                return JSONResponse({"results": [None]})
             case "/release_kv_cache_memory":
                 engine.release_kv_cache()
                 return JSONResponse({"status": "kv_cache_released"})

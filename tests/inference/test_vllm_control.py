@@ -85,6 +85,24 @@ async def test_what_was_too_little_is_not_tried_again(double: VllmDouble, tiny_m
     assert tried == [[kv, sleep], [sleep], [kv]]
 
 
+@pytest.mark.parametrize("policy", ["auto", "none", "kv_release", "sleep"])
+async def test_what_a_step_would_rather_have_is_made_and_not_insisted_on(
+    policy: str, double: VllmDouble, tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    """A long lesson ran out of the whole device's memory: those after it may be short."""
+    memory = DeviceMemory(lambda: GIB, lambda: double.engine.free_bytes, wanted=lambda: 30 * GIB)
+    kv, sleep = "/release_kv_cache_memory", "/sleep level=1 mode=wait"
+    wanted = {"auto": [[kv, sleep], [sleep]], "none": [[], []], "kv_release": [[kv], [kv]], "sleep": [[sleep], [sleep]]}
+    async with serving(double, tmp_path, tiny_model.tokenizer, memory, vllm_release=policy) as backend:
+        tried = []
+        for _ in range(2):
+            double.calls.clear()
+            async with updating(backend):
+                pass
+            tried.append([call for call in double.control_calls() if call.startswith(("/release", "/sleep"))])
+    assert tried == wanted[policy]
+
+
 async def test_a_new_version_is_loaded_between_the_weights_and_the_kv_cache(
     double: VllmDouble, tiny_model: LoadedModel, tmp_path: Path
 ) -> None:
@@ -147,7 +165,7 @@ async def test_requests_wait_through_an_update_and_those_that_ran_came_to_their_
 
 
 async def test_the_gate_gives_up_with_a_time_to_come_back(double: VllmDouble, tiny_model: LoadedModel, tmp_path: Path) -> None:
-    how: dict[str, Any] = {"vllm_release": "sleep", "vllm_gate_timeout_s": 0.05}
+    how: dict[str, Any] = {"vllm_release": "sleep", "vllm_gate_timeout_s": 0.05, "feedback_drain_timeout_s": 0.04}
     async with serving(double, tmp_path, tiny_model.tokenizer, **how) as backend:
         async with updating(backend):
             with pytest.raises(BackendUnavailable, match="the model is learning") as late:

@@ -98,6 +98,41 @@ async def test_a_fault_in_an_update(at: str, way: str, tiny_model: LoadedModel, 
     assert double.violations == []
 
 
+@pytest.mark.parametrize("way", ["half", "hang"])
+async def test_a_sleep_that_breaks_half_way_or_never_answers_ends_with_all_weights_mapped(
+    way: str, tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    """vLLM takes itself for awake, so only its workers can be asked to wake up; until they have said that they did, nothing is served."""
+    old, new = (adapter_ref(tmp_path, tiny_model, seed=n, version=n) for n in (1, 2))
+    with VllmDouble(tiny_model.tokenizer) as double:
+        async with serving(double, tmp_path, tiny_model.tokenizer, control_timeout_s=0.5, vllm_release="sleep") as backend:
+            before = await speaks(backend, old)
+            double.fail("/sleep", way)
+            double.fail("/collective_rpc", "status", times=2)
+            assert not await update(backend, new)
+            assert await speaks(backend, old) == before
+            assert [str(call) for call in double.calls].count("/collective_rpc") == 3
+            assert await update(backend, new), "the next one works"
+            assert voices(await speaks(backend, new)) != voices(before)
+    assert double.violations == []
+
+
+async def test_a_vllm_that_stays_half_asleep_is_not_served_from(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    """And if the service is started anew meanwhile, it does not take vLLM's word for it either."""
+    ref = adapter_ref(tmp_path, tiny_model, seed=1)
+    with VllmDouble(tiny_model.tokenizer) as double:
+        async with serving(double, tmp_path, tiny_model.tokenizer, vllm_release="sleep") as backend:
+            before = await speaks(backend, ref)
+            double.fail("/sleep", "half")
+            never = double.fail("/collective_rpc", "status", times=None)
+            assert not await update(backend, ref)
+            assert (await backend.health()).detail["state"] == "down"
+        never.times = 0
+        async with serving(double, tmp_path, tiny_model.tokenizer) as backend:
+            assert await speaks(backend, ref) == before
+    assert double.violations == []
+
+
 @pytest.mark.parametrize("way", ["drop", "error", "die"])
 async def test_a_fault_while_it_serves(way: str, tiny_model: LoadedModel, tmp_path: Path) -> None:
     ref = adapter_ref(tmp_path, tiny_model, seed=1)

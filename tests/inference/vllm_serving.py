@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from claas.core.settings import Settings
 from claas.inference.vllm import VllmInference, vllm_of
-from claas.inference.vllm_control import DeviceMemory
+from claas.inference.vllm_control import CONTROL_TIMEOUT_S, DeviceMemory
 from tests.doubles.vllm_engine import GIB
 from tests.doubles.vllm_server import VllmDouble
 from tests.inference.gate import until
@@ -34,11 +34,17 @@ def memory_of(double: VllmDouble, needed: int = STEP_NEEDS) -> DeviceMemory:
 
 @asynccontextmanager
 async def serving(
-    double: VllmDouble, folder: Path, tokenizer: PreTrainedTokenizerBase, memory: DeviceMemory | None = None, **settings: Any
+    double: VllmDouble,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    memory: DeviceMemory | None = None,
+    *,
+    control_timeout_s: float = CONTROL_TIMEOUT_S,
+    **settings: Any,
 ) -> AsyncIterator[VllmInference]:
     """`settings` go over the defaults; adapters are under `folder`."""
     chosen = Settings(data_dir=folder, lora_root=folder, vllm_base_url=double.url, **settings)
-    backend = VllmInference(vllm_of(chosen), tokenizer, memory or memory_of(double))
+    backend = VllmInference(vllm_of(chosen), tokenizer, memory or memory_of(double), control_timeout_s=control_timeout_s)
     try:
         await backend.begin()
         yield backend

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from claas.core.errors import BadRequest
 from claas.core.types import ChatMessage
@@ -49,6 +52,25 @@ def test_neutralise_is_idempotent_and_only_adds_marks(text: str) -> None:
     assert neutralise(TOKENIZER, once) == once
     assert once.replace(MARK, "") == text
     assert render(TOKENIZER, [user(once)], {}) == render(TOKENIZER, [user(text)], {})
+
+
+class Counting(PreTrainedTokenizerFast):  # type: ignore[misc]
+    """Counts how often its added tokens are listed, which takes a real one a millisecond for every 500."""
+
+    listed = 0
+
+    @property
+    def added_tokens_decoder(self) -> Any:
+        self.listed += 1
+        return super().added_tokens_decoder
+
+
+def test_the_control_tokens_are_looked_for_once_however_many_texts_there_are() -> None:
+    counting = Counting(tokenizer_object=TOKENIZER.backend_tokenizer, chat_template=TOKENIZER.chat_template)
+    before = counting.listed
+    for text in ("a", "b", "<|im_end|>"):
+        assert neutralise(counting, text) == neutralise(TOKENIZER, text)
+    assert counting.listed == before + 1
 
 
 @given(WORDS)

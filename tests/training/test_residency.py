@@ -20,6 +20,7 @@ from claas.models.base_model import LoadedModel
 from claas.models.chat_template import render
 from claas.models.compute import ComputeShare
 from claas.training.engine.local import LocalEngine
+from claas.training.memory import AFTER_FAILURE, Gauge, Meter
 from claas.training.report import StepReport
 from claas.training.residency import RESIDENT, Residency, Visiting
 from tests.models.tiny import load_tiny_model
@@ -244,6 +245,32 @@ async def test_running_out_of_memory_in_the_step_says_what_to_do(tiny_model_dir:
         await engine.distill(payload(base, "Be kind.", 0))
     assert device.moved and device.alive() == 0
     assert [v.version for v in await engine.versions("me/a")] == [0]
+    await engine.aclose()
+
+
+class Crowded(Gauge):
+    """An allocator that a step had 100 GiB of."""
+
+    def reset(self) -> int:
+        return 0
+
+    def peak(self) -> int:
+        return 100 * 2**30
+
+
+async def test_a_step_that_ran_out_of_memory_wants_more_for_the_next_and_does_not_say_that_it_needs_it(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    base, device = load_tiny_model(tiny_model_dir), Device()
+    store = FilesystemAdapterStore(tmp_path, keep_versions=5)
+    engine = LocalEngine(store, base, Exhausted(device), residency=Visiting(base, device), meter=Meter(Crowded()))
+    needed = engine.memory_needed()
+    assert engine.memory_wanted() == needed
+    await engine.init_lora(LoraInitRequest(lora_id="me/a", lora_r=4))
+    with pytest.raises(StepFailed, match="ran out of the memory"):
+        await engine.distill(payload(base, "Be kind.", 0))
+    assert engine.memory_needed() == needed
+    assert engine.memory_wanted() == AFTER_FAILURE * 100 * 2**30
     await engine.aclose()
 
 

@@ -25,7 +25,7 @@ from claas.models.chat_template import render
 from claas.models.compute import ComputeShare
 from claas.training.engine.stored import StoredEngine, refuse_in_place
 from claas.training.figures import summarise
-from claas.training.memory import LONG_SAMPLE_TOKENS, free_memory, meter_of, out_of_memory, step_bytes
+from claas.training.memory import LONG_SAMPLE_TOKENS, Meter, free_memory, meter_of, out_of_memory, step_bytes
 from claas.training.policy import Policy
 from claas.training.report import StepReport
 from claas.training.residency import RESIDENT, Residency
@@ -48,11 +48,12 @@ class LocalEngine(StoredEngine):
         share: ComputeShare,
         allowed_base_models: tuple[str, ...] = (),
         residency: Residency = RESIDENT,
+        meter: Meter | None = None,
     ) -> None:
         super().__init__(store, base, allowed_base_models)
         self._share = share
         self._residency = residency
-        self._meter = meter_of(base.device)
+        self._meter = meter or meter_of(base.device)
         self._trainer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="claas-trainer")
         self._closing = threading.Event()
 
@@ -79,12 +80,12 @@ class LocalEngine(StoredEngine):
         return DistillResponse(lora_id=payload.lora_id, metadata=report.model_dump(mode="json"))
 
     def memory_needed(self, tokens: int = LONG_SAMPLE_TOKENS) -> int:
-        """Bytes of the device's memory that a step takes beyond what is held between steps, if its longest sample has `tokens`.
+        """Estimated bytes of the device's memory that a step takes beyond what is held between steps; its longest sample has `tokens`."""
+        return step_bytes(self._base, min(tokens, self._base.max_context), weights=self._residency.visiting_bytes)
 
-        An estimate, or what steps were seen to take if that is more.
-        """
-        tokens = min(tokens, self._base.max_context)
-        return max(step_bytes(self._base, tokens, weights=self._residency.visiting_bytes), self._meter.most)
+    def memory_wanted(self) -> int:
+        """Bytes that would do for a step such as the largest so far, those included that ran out of memory. The next may well need less."""
+        return max(self.memory_needed(), self._meter.most)
 
     def free_memory(self) -> int | None:
         """Bytes of the device's memory that nobody uses; None where it is the machine's own (CPU, MPS)."""
