@@ -32,7 +32,6 @@ class App:
     deployed_at: float = 0.0
     stopped_at: float = 0.0
     versions: int = 0
-    tags: dict[str, str] = field(default_factory=dict)
 
     def lifecycle(self) -> pb.AppLifecycle:
         return pb.AppLifecycle(
@@ -74,7 +73,6 @@ class Apps:
             "AppGetLayout": self._get_layout,
             "AppGetLifecycle": self._get_lifecycle,
             "AppGetInfo": self._get_info,
-            "AppGetTags": self._get_tags,
             "AppPublish": self._publish,
             "AppHeartbeat": self._heartbeat,
             "AppClientDisconnect": self._disconnect,
@@ -171,9 +169,6 @@ class Apps:
             info=pb.AppHandleMetadata(description=app.description, lifecycle=app.lifecycle(), functions=app.functions)
         )
 
-    async def _get_tags(self, request: pb.AppGetTagsRequest, caller: Caller) -> pb.AppGetTagsResponse:
-        return pb.AppGetTagsResponse(tags=self.get(request.app_id).tags)
-
     async def _publish(self, request: pb.AppPublishRequest, caller: Caller) -> pb.AppPublishResponse:
         app = self.get(request.app_id)
         app.functions, app.classes = dict(request.function_ids), dict(request.class_ids)
@@ -182,7 +177,6 @@ class Apps:
             app.state = request.app_state
         if request.app_state == pb.APP_STATE_DEPLOYED:
             app.name, app.deployed_at, app.versions = request.name, time.time(), app.versions + 1
-            app.tags = dict(request.tags)
             self._names.put(app.environment, app.name, app.id)
             if self._replace is not None:
                 await self._replace(app.id)
