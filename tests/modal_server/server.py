@@ -39,10 +39,16 @@ TREE = Path(__file__).parents[2]
 
 class ModalDouble:
     """Modal in a folder. `env` is what all its containers have besides what their app gives them, `scaledown_s` ends idle
-    containers sooner than the app says, `web_wait_s` is how long a web request waits before it is redirected."""
+    containers sooner than the app says, `web_wait_s` is how long a web request waits before it is redirected, and
+    `volume_version` is that of Volumes whose maker names none."""
 
     def __init__(
-        self, folder: Path, env: Mapping[str, str] | None = None, scaledown_s: float | None = None, web_wait_s: float = 150.0
+        self,
+        folder: Path,
+        env: Mapping[str, str] | None = None,
+        scaledown_s: float | None = None,
+        web_wait_s: float = 150.0,
+        volume_version: int = 2,
     ) -> None:
         self.url = ""
         self.faults = Faults(TOKEN)
@@ -51,7 +57,7 @@ class ModalDouble:
         self.fronts = Fronts(web_wait_s)
         self.images, self.secrets, self.dicts = Images(ids), Secrets(ids), Dicts(ids)
         self.mounts = Mounts(ids, self._blobs)
-        self.volumes = Volumes(ids, self._blobs, folder / "volumes")
+        self.volumes = Volumes(ids, self._blobs, self.mounts, folder / "volumes", volume_version)
         self.functions = Functions(ids, self.fronts.open)
         self.apps = Apps(ids, self.functions, self.volumes, self.mounts)
         self.function_calls = Calls(ids, self.functions, self.faults)

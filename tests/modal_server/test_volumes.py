@@ -14,9 +14,10 @@ from tests.modal_server.waiting import until
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture
-def volume(client: modal.Client) -> modal.Volume:
-    return modal.Volume.from_name("outside", create_if_missing=True, version=2, client=client)
+@pytest.fixture(params=[1, 2])
+def volume(client: modal.Client, request: pytest.FixtureRequest) -> modal.Volume:
+    """Of either version: what is asked differs, what happens does not."""
+    return modal.Volume.from_name(f"outside-{request.param}", create_if_missing=True, version=request.param, client=client)
 
 
 def put(volume: modal.Volume, path: str, data: bytes, force: bool = True) -> None:
