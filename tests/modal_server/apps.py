@@ -27,6 +27,7 @@ class App:
     name: str = ""
     functions: dict[str, str] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
     created_at: float = field(default_factory=time.time)
     deployed_at: float = 0.0
     stopped_at: float = 0.0
@@ -76,6 +77,8 @@ class Apps:
             "AppClientDisconnect": self._disconnect,
             "AppStop": self._stop_app,
             "AppList": self._list,
+            "AppGetTags": self._get_tags,
+            "AppSetTags": self._set_tags,
             "ClassGet": self._get_class,
             "FunctionGet": self._get_function,
         }
@@ -162,6 +165,7 @@ class Apps:
     async def _publish(self, request: pb.AppPublishRequest, caller: Caller) -> pb.AppPublishResponse:
         app = self.get(request.app_id)
         app.functions, app.classes = dict(request.function_ids), dict(request.class_ids)
+        app.tags = dict(request.tags)
         if request.app_state:
             app.state = request.app_state
         if request.app_state == pb.APP_STATE_DEPLOYED:
@@ -205,6 +209,13 @@ class Apps:
             if app.environment == wanted
         ]
         return pb.AppListResponse(apps=items)
+
+    async def _get_tags(self, request: pb.AppGetTagsRequest, caller: Caller) -> pb.AppGetTagsResponse:
+        return pb.AppGetTagsResponse(tags=self.get(request.app_id).tags)
+
+    async def _set_tags(self, request: pb.AppSetTagsRequest, caller: Caller) -> Empty:
+        self.get(request.app_id).tags = dict(request.tags)
+        return Empty()
 
     async def _get_class(self, request: pb.ClassGetRequest, caller: Caller) -> pb.ClassGetResponse:
         app = self._find(request.app_name, request.environment_name)

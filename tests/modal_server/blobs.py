@@ -1,10 +1,8 @@
-"""The object store beside the control plane: payloads, blocks of files and reads of Volumes, over plain HTTP."""
+"""The object store beside the control plane: payloads, and blocks of files by their content, over plain HTTP."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from pathlib import Path
 
 from aiohttp import web
 from modal_proto import api_pb2 as pb
@@ -22,11 +20,6 @@ class Blobs:
         self.blocks: dict[str, bytes] = {}
         self._ids = ids
         self._blobs: dict[str, bytes] = {}
-        self._files: Callable[[str, str], Path] | None = None
-
-    def serve_files(self, find: Callable[[str, str], Path]) -> None:
-        """Where the file of a Volume lies."""
-        self._files = find
 
     def rpcs(self) -> dict[str, Unary]:
         return {"BlobCreate": self._create, "BlobGet": self._get}
@@ -38,7 +31,7 @@ class Blobs:
                 web.put("/block/{name}", self._put_block),
                 web.put("/blob/{name}", self._put_blob),
                 web.get("/blob/{name}", self._get_blob),
-                web.get("/volume/{volume}/{block}", self._get_volume_block),
+                web.get("/block/{name}", self._get_block),
             ]
         )
         return app
@@ -48,6 +41,13 @@ class Blobs:
         if blob_id not in self._blobs:
             raise not_found(f"no blob {blob_id}")
         return self._blobs[blob_id]
+
+    def keep_blocks(self, data: bytes) -> list[str]:
+        """Where the blocks of a file can be had, as it is now: they are never changed."""
+        blocks = [data[start : start + BLOCK] for start in range(0, len(data), BLOCK)]
+        named = {hashlib.sha256(block).hexdigest(): block for block in blocks}
+        self.blocks |= named
+        return [f"{self.url}/block/{hashlib.sha256(block).hexdigest()}" for block in blocks]
 
     async def _create(self, request: pb.BlobCreateRequest, caller: Caller) -> pb.BlobCreateResponse:
         name = self._ids.new("bl")
@@ -74,11 +74,6 @@ class Blobs:
         data = self._blobs.get(request.match_info["name"])
         return web.Response(status=404) if data is None else web.Response(body=data)
 
-    async def _get_volume_block(self, request: web.Request) -> web.Response:
-        assert self._files is not None
-        path = self._files(request.match_info["volume"], request.query["path"])
-        if not path.is_file():
-            return web.Response(status=404, text="the file is gone")
-        with path.open("rb") as file:
-            file.seek(int(request.match_info["block"]) * BLOCK)
-            return web.Response(body=file.read(BLOCK))
+    async def _get_block(self, request: web.Request) -> web.Response:
+        data = self.blocks.get(request.match_info["name"])
+        return web.Response(status=404) if data is None else web.Response(body=data)

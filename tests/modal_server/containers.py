@@ -26,6 +26,7 @@ HEARTBEAT_S = 14.9  # the SDK waits 15.1 s for the answer, and asks again after 
 POLL_S = 20.0
 TICK_S = 0.2
 MOST_CONTAINERS = 8
+DEFAULT_START_S = 300.0
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Container:
     ready: bool = False
     # It gets no more inputs, and ends once those that it has are done.
     retired: bool = False
+    # Its machine was wanted elsewhere: what it ran begins anew on another.
+    preempted: bool = False
     served: int = 0
     idle_since: float = field(default_factory=time.monotonic)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -90,10 +93,10 @@ class Containers:
             and function_id in {"", container.function.id, container.function.base_id}
         ]
 
-    def inodes(self, task_id: str) -> set[int]:
-        """Of the files that this container holds open."""
+    def open_files(self, task_id: str) -> set[processes.File]:
+        """Those that this container holds open."""
         process = self.all[task_id].process
-        return set() if process is None else processes.open_inodes(process.pid)
+        return set() if process is None else processes.open_files(process.pid)
 
     def run_forever(self) -> None:
         """Looks now and then for work that no call announces: idle containers, and faults that are over."""
@@ -173,18 +176,40 @@ class Containers:
             self._spawn(self._run(container), name=container.task_id)
 
     async def _run(self, container: Container) -> None:
+        app = self._apps.get(container.function.app_id)
+        patience = container.function.definition.startup_timeout_secs or container.function.definition.timeout_secs
+        failure = ""
         try:
-            layout = self._apps.layout(container.function.app_id)
-            container.process = await self._launcher.start(container.task_id, container.function, layout)
+            container.process = await self._launcher.start(
+                container.task_id, container.function, self._apps.layout(app.id), app.environment
+            )
+            late = asyncio.get_running_loop().call_later(patience or DEFAULT_START_S, self._give_up, container)
             await container.process.wait()
+            late.cancel()
+        except OSError as exc:
+            failure = f"the container cannot be made here: {exc}"
         finally:
             container.ended.set()
-        for entry in list(container.running.values()):
-            await self._calls.finish(entry, self._faults.crash, task_id=container.task_id)
+        await self._clear_up(container, failure)
+
+    def _give_up(self, container: Container) -> None:
+        if not container.ready:
+            container.kill()
+            container.retired = False  # it has failed: nobody asked it to go
+
+    async def _clear_up(self, container: Container, failure: str) -> None:
+        """What becomes of the inputs of a container that ended, and of those that it never got to."""
+        waiting = self._waiting[container.function.id]
+        unfinished = [entry for entry in container.running.values() if not entry.done]
+        if container.preempted:
+            waiting.extendleft(reversed(unfinished))
+        else:
+            for entry in unfinished:
+                await self._calls.finish(entry, self._faults.crash, task_id=container.task_id)
         if not container.ready and not container.retired:
-            text = f"the container ended before it was ready:\n{self._launcher.log(container.task_id)[-2000:]}"
+            text = failure or f"the container ended before it was ready:\n{self._launcher.log(container.task_id)[-2000:]}"
             await self._fail_waiting(container.function.id, pb.GenericResult(status=INIT_FAILURE, exception=text))
-        if self._waiting[container.function.id]:
+        if waiting:
             self._scale(container.function.id)
 
     def _take_waiting(self, function_id: str) -> list[Input]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,10 @@ from modal_proto import api_pb2 as pb
 
 from tests.modal_server.rpc import refuse
 
-FAILED = pb.GenericResult.GENERIC_STATUS_INTERNAL_FAILURE
+
+def crashed() -> pb.GenericResult:
+    """What becomes of an input by default when its container dies."""
+    return pb.GenericResult(status=pb.GenericResult.GENERIC_STATUS_INTERNAL_FAILURE, exception="the container ended unexpectedly")
 
 
 @dataclass
@@ -41,8 +45,9 @@ class Faults:
     # No outputs are there any more, as a week later.
     outputs_expired: bool = False
     # What becomes of an input whose container dies.
-    crash: pb.GenericResult = field(default_factory=lambda: pb.GenericResult(status=FAILED, exception="the container ended unexpectedly"))
+    crash: pb.GenericResult = field(default_factory=crashed)
     _refusals: dict[str, _Refusal] = field(default_factory=dict)
+    _lost: Counter[str] = field(default_factory=Counter)
     _delays: dict[str, _Delay] = field(default_factory=dict)
     _results: list[pb.GenericResult] = field(default_factory=list)
 
@@ -53,6 +58,10 @@ class Faults:
     def unavailable(self, method: str, times: int = 1) -> None:
         """The next `times` calls of this method fail as where the network blips."""
         self.refuse(method, Status.UNAVAILABLE, "the control plane is unavailable", times)
+
+    def lose_answer(self, method: str, times: int = 1) -> None:
+        """The next `times` calls of this method are done, but who asked is told that the network failed."""
+        self._lost[method] = times
 
     def delay(self, method: str, seconds: float, times: int = 1) -> None:
         """The next `times` calls of this method are answered this much later."""
@@ -65,7 +74,9 @@ class Faults:
     def clear(self) -> None:
         """Nothing goes wrong any more."""
         self.no_containers = self.outputs_expired = False
+        self.crash = crashed()
         self._refusals.clear()
+        self._lost.clear()
         self._delays.clear()
         self._results.clear()
 
@@ -86,3 +97,9 @@ class Faults:
         if refusal and refusal.times > 0:
             refusal.times -= 1
             raise refuse(refusal.status, refusal.text)
+
+    def deliver(self, method: str) -> None:
+        """See `Gate`."""
+        if self._lost[method] > 0:
+            self._lost[method] -= 1
+            raise refuse(Status.UNAVAILABLE, "the answer was lost")

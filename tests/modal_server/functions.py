@@ -103,7 +103,8 @@ class Functions:
         """The definition as newer answers carry it: the fields both messages have, and the definition as its only rank."""
         definition = self.get(function_id).definition
         shared = MessageToDict(definition, preserving_proto_field_name=True)
-        data = ParseDict(shared, pb.FunctionData(), ignore_unknown_fields=True)
+        data = pb.FunctionData()
+        ParseDict(shared, data, ignore_unknown_fields=True)
         data.ranked_functions.append(pb.FunctionData.RankedFunction(rank=0, function=definition))
         return data
 

@@ -13,7 +13,6 @@ from modal_proto import api_pb2 as pb
 from tests.modal_server import processes
 from tests.modal_server.functions import Deployed
 from tests.modal_server.images import Images, Mounts, Secrets
-from tests.modal_server.names import ENVIRONMENT
 from tests.modal_server.volumes import Volumes
 
 # What a container has of this machine's environment; the rest of it is the app's to bring.
@@ -50,7 +49,7 @@ class Launcher:
         """Mount points that were made for containers."""
         self._mount_points.remove()
 
-    async def start(self, task_id: str, function: Deployed, layout: pb.AppLayout) -> asyncio.subprocess.Process:
+    async def start(self, task_id: str, function: Deployed, layout: pb.AppLayout, environment: str) -> asyncio.subprocess.Process:
         folder = self.folder / task_id
         code = folder / "root"
         code.mkdir(parents=True)
@@ -70,11 +69,11 @@ class Launcher:
             checkpoint_id=f"ch-{task_id}" if definition.checkpointing_enabled else "",
             app_layout=layout,
             serialized_params=function.parameters,
-            environment_name=ENVIRONMENT,
+            environment_name=environment,
         )
         (folder / "arguments").write_bytes(arguments.SerializeToString())
-        environment = self._environment(task_id, definition, code)
-        return await processes.start(self._binds(task_id, definition), environment, code, folder / "log")
+        variables = self._variables(task_id, definition, code)
+        return await processes.start(self._binds(task_id, definition), variables, code, folder / "log")
 
     def _restore_path(self, task_id: str) -> Path:
         return self.folder / task_id / "restore.json"
@@ -89,7 +88,7 @@ class Launcher:
             binds.append(processes.Bind(source, mount.mount_path, mount.read_only))
         return binds
 
-    def _environment(self, task_id: str, definition: pb.Function, code: Path) -> dict[str, str]:
+    def _variables(self, task_id: str, definition: pb.Function, code: Path) -> dict[str, str]:
         kept = {name: os.environ[name] for name in KEPT if name in os.environ}
         secrets = {name: value for secret_id in definition.secret_ids for name, value in self.secrets.environment(secret_id).items()}
         return {

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+# A file in /proc, by its inode and its name: file systems number theirs independently.
+File = tuple[int, str]
+
 _ISOLATED = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", *([] if os.geteuid() == 0 else ["--map-root-user"])]
 
 
@@ -54,8 +57,9 @@ class MountPoints:
 async def start(binds: list[Bind], environment: dict[str, str], folder: Path, log: Path) -> asyncio.subprocess.Process:
     """The SDK's own container entry point, in this folder, with only these variables."""
     steps = [step for bind in binds for step in _steps(bind)]
-    # The way back into the folder is new: it may lie under a mount.
-    script = " && ".join([*steps, f"cd {shlex.quote(str(folder))}", f"exec {shlex.quote(sys.executable)} -m modal._container_entrypoint"])
+    # Not `exec`: the first process of a namespace is deaf to signals from within.
+    entry = f"{shlex.quote(sys.executable)} -m modal._container_entrypoint"
+    script = " && ".join([*steps, f"cd {shlex.quote(str(folder))}", entry]) + "; exit $?"
     with log.open("wb") as out:
         return await asyncio.create_subprocess_exec(
             *_ISOLATED, "sh", "-c", script, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
@@ -69,9 +73,9 @@ def _steps(bind: Bind) -> Iterator[str]:
         yield f"mount -o remount,bind,ro {target}"
 
 
-def open_inodes(pid: int) -> set[int]:
-    """Of all the files that this process and its children hold open or mapped."""
-    return {inode for descendant in _family(pid) for inode in (*_opened(descendant), *_mapped(descendant))}
+def open_files(pid: int) -> set[File]:
+    """All that this process and its children hold open or mapped."""
+    return {file for descendant in _family(pid) for file in (*_opened(descendant), *_mapped(descendant))}
 
 
 def _family(pid: int) -> Iterator[int]:
@@ -85,15 +89,15 @@ def _family(pid: int) -> Iterator[int]:
             yield from _family(int(child))
 
 
-def _opened(pid: int) -> Iterator[int]:
+def _opened(pid: int) -> Iterator[File]:
     for entry in Path(f"/proc/{pid}/fd").glob("*"):
         try:
-            yield entry.stat().st_ino
+            yield entry.stat().st_ino, entry.readlink().name
         except OSError:  # it was closed, or leads nowhere
             continue
 
 
-def _mapped(pid: int) -> Iterator[int]:
+def _mapped(pid: int) -> Iterator[File]:
     try:
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     except OSError:  # the process has ended
@@ -101,4 +105,4 @@ def _mapped(pid: int) -> Iterator[int]:
     for line in lines:
         parts = line.split(maxsplit=5)
         if len(parts) == 6 and parts[5].startswith("/"):
-            yield int(parts[4])
+            yield int(parts[4]), Path(parts[5]).name

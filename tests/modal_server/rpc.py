@@ -36,6 +36,9 @@ class Gate(Protocol):
 
     async def admit(self, method: str, headers: Mapping[str, Any]) -> None: ...
 
+    def deliver(self, method: str) -> None:
+        """What was asked for is done: raises where the caller is not to hear of it."""
+
 
 class Ids:
     """Names for objects, as long as Modal's, in the order they are made."""
@@ -96,7 +99,7 @@ class ControlPlane:
 
     async def _serve(self, name: str, stream: grpclib.server.Stream[Any, Any]) -> None:
         self.calls[name] += 1
-        headers = stream.metadata or {}
+        headers: Mapping[str, Any] = stream.metadata or {}
         request = await stream.recv_message()
         await self._gate.admit(name, headers)
         caller = Caller(task_id=_text(headers.get("x-task-id")))
@@ -104,7 +107,9 @@ class ControlPlane:
             async for answer in self._streaming[name](request, caller):
                 await stream.send_message(answer)
         elif name in self._unary:
-            await stream.send_message(await self._unary[name](request, caller))
+            answer = await self._unary[name](request, caller)
+            self._gate.deliver(name)
+            await stream.send_message(answer)
         else:
             self.unimplemented.append(name)
             raise refuse(Status.UNIMPLEMENTED, f"the double does not answer {name}")

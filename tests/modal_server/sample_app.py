@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -15,14 +16,11 @@ import modal
 MOUNT = os.environ.get("SAMPLE_MOUNT", "/sample-volume")
 NAME = os.environ.get("SAMPLE_APP", "sample")
 
-image = (
-    modal.Image.debian_slim(python_version="3.11")
-    .uv_pip_install("einops==0.8.1")
-    .env({"SAMPLE_GREETING": "good day", "SAMPLE_MOUNT": MOUNT})
-)
+base = modal.Image.debian_slim(python_version="3.11").uv_pip_install("einops==0.8.1")
+image = base.env({"SAMPLE_GREETING": "good day", "SAMPLE_MOUNT": MOUNT})
 volume = modal.Volume.from_name("sample-files", create_if_missing=True, version=2)
 secret = modal.Secret.from_dict({"SAMPLE_SECRET": "hush"})
-app = modal.App(NAME, image=image, secrets=[secret])
+app = modal.App(NAME, image=image, secrets=[secret], tags={"sample": "v1"})
 
 
 class SampleError(Exception):
@@ -33,6 +31,10 @@ class SampleError(Exception):
 class Worker:
     @modal.enter(snap=True)
     def load(self) -> None:
+        if os.environ.get("SAMPLE_BROKEN"):
+            raise ValueError("the sample is broken")
+        if os.environ.get("SAMPLE_CHILD"):
+            subprocess.Popen(["sleep", "300"], start_new_session=True)
         self.steps = ["snapshot"]
 
     @modal.enter(snap=False)
@@ -126,6 +128,11 @@ async def _asgi(scope: dict[str, Any], receive: Callable[[], Awaitable[Any]], se
 async def _chunks(scope: dict[str, Any], body: bytes) -> AsyncIterator[bytes]:
     yield scope["method"].encode() + b" " + scope["path"].encode() + b"?" + scope["query_string"] + b"\n"
     yield body
+    if scope["path"] == "/write":
+        try:
+            (Path(MOUNT) / "forbidden").write_text("x")
+        except OSError as exc:
+            yield str(exc.strerror).encode()
     if scope["path"] == "/slow":
         for number in range(3):
             await asyncio.sleep(0.4)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Coroutine, Mapping
@@ -30,6 +34,7 @@ from tests.modal_server.web import Fronts
 
 T = TypeVar("T")
 TOKEN = ("ak-double", "as-double")
+TREE = Path(__file__).parents[2]
 
 
 class ModalDouble:
@@ -43,17 +48,17 @@ class ModalDouble:
         self.faults = Faults(TOKEN)
         ids = Ids()
         self._blobs = Blobs(ids)
-        self._fronts = Fronts(web_wait_s)
+        self.fronts = Fronts(web_wait_s)
         self.images, self.secrets, self.dicts = Images(ids), Secrets(ids), Dicts(ids)
         self.mounts = Mounts(ids, self._blobs)
         self.volumes = Volumes(ids, self._blobs, folder / "volumes")
-        self.functions = Functions(ids, self._fronts.open)
+        self.functions = Functions(ids, self.fronts.open)
         self.apps = Apps(ids, self.functions, self.volumes, self.mounts)
         self.function_calls = Calls(ids, self.functions, self.faults)
         self._launcher = Launcher(folder / "tasks", self.images, self.mounts, self.secrets, self.volumes, dict(env or {}), scaledown_s)
         self.containers = Containers(ids, self.functions, self.function_calls, self.apps, self.faults, self._launcher)
-        self.volumes.watch_open_files(self.containers.inodes)
-        self._fronts.serve(self.function_calls)
+        self.volumes.watch_open_files(self.containers.open_files)
+        self.fronts.serve(self.function_calls)
         self._plane = self._control_plane()
         self._clients: list[modal.Client] = []
         self._loop = asyncio.new_event_loop()
@@ -98,6 +103,16 @@ class ModalDouble:
         self._clients.append(client.__enter__())
         return client
 
+    def modal(self, *arguments: str, env: Mapping[str, str] | None = None, check: bool = True) -> str:
+        """What `modal ...` prints, run against this server from the root of the tree under test."""
+        own = {name: value for name, value in os.environ.items() if not name.startswith("MODAL_")}
+        variables = {**own, "PYTHONPATH": str(TREE), "COLUMNS": "200", **self.environment(), **(env or {})}
+        command = [sys.executable, "-m", "modal", *arguments]
+        ran = subprocess.run(command, cwd=TREE, env=variables, capture_output=True, text=True, timeout=120, check=False)
+        printed = ran.stdout + ran.stderr
+        assert ran.returncode == 0 or not check, printed
+        return printed
+
     def live_containers(self, app: str = "") -> list[Container]:
         """Of one app, or of all."""
         found = self.apps.deployed(app) if app else None
@@ -108,6 +123,12 @@ class ModalDouble:
         containers = self.live_containers(app)
         self._run(self._kill(containers))
         return len(containers)
+
+    def preempt_containers(self, app: str = "") -> int:
+        """As `kill_containers`, but what they did begins anew in other containers, as when Modal needs the machine."""
+        for container in self.live_containers(app):
+            container.preempted = True
+        return self.kill_containers(app)
 
     def logs(self) -> str:
         """What the containers printed, one after another."""
@@ -131,18 +152,18 @@ class ModalDouble:
         return plane
 
     async def _start(self) -> None:
-        self._blobs.url = await self._fronts.listen(self._blobs.app())
+        self._blobs.url = await self.fronts.listen(self._blobs.app())
         self._grpc = grpclib.server.Server([self._plane])
-        await self._grpc.start("127.0.0.1", 0)
-        assert self._grpc._server is not None
-        self.url = f"http://127.0.0.1:{self._grpc._server.sockets[0].getsockname()[1]}"
+        listening = socket.create_server(("127.0.0.1", 0))
+        await self._grpc.start(sock=listening)
+        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         self._launcher.url = self.url
         self.containers.run_forever()
 
     async def _stop(self) -> None:
         assert self._grpc is not None
         await self.containers.stop_all()
-        await self._fronts.close()
+        await self.fronts.close()
         self._grpc.close()
         await self._grpc.wait_closed()
         self._launcher.clean()

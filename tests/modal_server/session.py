@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
+from collections.abc import Mapping
 
 from google.protobuf.empty_pb2 import Empty
 from modal_proto import api_pb2 as pb
@@ -28,7 +29,7 @@ class Session:
         return pb.ClientHelloResponse()
 
     async def _token(self, request: pb.AuthTokenGetRequest, caller: Caller) -> pb.AuthTokenGetResponse:
-        head, claims = (_part(part) for part in ({"alg": "none"}, {"exp": time.time() + 3600}))
+        head, claims = _part({"alg": "none"}), _part({"exp": time.time() + 3600})
         return pb.AuthTokenGetResponse(token=f"{head}.{claims}.none")
 
     async def _environment(self, request: pb.EnvironmentGetOrCreateRequest, caller: Caller) -> pb.EnvironmentGetOrCreateResponse:
@@ -40,5 +41,5 @@ class Session:
         return pb.WorkspaceNameLookupResponse(workspace_name="double", username="double")
 
 
-def _part(value: dict[str, object]) -> str:
+def _part(value: Mapping[str, object]) -> str:
     return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")

@@ -18,6 +18,7 @@ from modal_proto import api_pb2 as pb
 
 from tests.modal_server.blobs import BLOCK, Blobs
 from tests.modal_server.names import Names
+from tests.modal_server.processes import File
 from tests.modal_server.rpc import Caller, Ids, Streaming, Unary, not_found, refuse
 
 Signature = tuple[int, int, int]
@@ -57,9 +58,9 @@ class WorkingCopy:
         self._seen = now
         return changed + gone
 
-    def inodes(self) -> set[int]:
-        """Of all the files here."""
-        return {path.stat().st_ino for path in self.folder.rglob("*") if path.is_file()}
+    def files(self) -> set[File]:
+        """All the files here, as `processes.open_files` knows them."""
+        return {(path.stat().st_ino, path.name) for path in self.folder.rglob("*") if path.is_file()}
 
 
 class Volumes:
@@ -71,11 +72,10 @@ class Volumes:
         self._folder = folder
         self._blobs = blobs
         self._copies: dict[tuple[str, str], WorkingCopy] = {}
-        self._open_files: Callable[[str], set[int]] = lambda _: set()
-        blobs.serve_files(self._path)
+        self._open_files: Callable[[str], set[File]] = lambda _: set()
 
-    def watch_open_files(self, of_task: Callable[[str], set[int]]) -> None:
-        """How the inodes of the files that a container holds open are known."""
+    def watch_open_files(self, of_task: Callable[[str], set[File]]) -> None:
+        """How the files that a container holds open are known."""
         self._open_files = of_task
 
     def rpcs(self) -> dict[str, Unary]:
@@ -166,7 +166,7 @@ class Volumes:
     async def _reload(self, request: pb.VolumeReloadRequest, caller: Caller) -> Empty:
         self._store(request.volume_id)
         copy = self._copy_of(caller, request.volume_id, "reload()")
-        if self._open_files(str(caller.task_id)) & copy.inodes():
+        if self._open_files(str(caller.task_id)) & copy.files():
             raise refuse(Status.FAILED_PRECONDITION, "there are open files preventing the operation")
         copy.reload()
         return Empty()
@@ -179,9 +179,8 @@ class Volumes:
         path = self._existing(request.volume_id, request.path)
         if not path.is_file():
             raise not_found(f"{request.path} is not a file")
-        size = path.stat().st_size
-        urls = [f"{self._blobs.url}/volume/{request.volume_id}/{block}?path={request.path}" for block in range(-(-size // BLOCK))]
-        return pb.VolumeGetFile2Response(get_urls=urls, size=size, start=0, len=size)
+        data = path.read_bytes()
+        return pb.VolumeGetFile2Response(get_urls=self._blobs.keep_blocks(data), size=len(data), start=0, len=len(data))
 
     async def _put_files(self, request: pb.VolumePutFiles2Request, caller: Caller) -> pb.VolumePutFiles2Response:
         paths = [self._path(request.volume_id, file.path) for file in request.files]

@@ -22,7 +22,7 @@ class Fronts:
     """One small HTTP server for each web function, as on Modal each has a host name of its own."""
 
     def __init__(self, wait_s: float) -> None:
-        self._wait_s = wait_s
+        self.wait_s = wait_s
         self._calls: Calls | None = None
         self._runners: list[web.AppRunner] = []
         self._pending: dict[str, AsyncIterator[pb.Asgi]] = {}
@@ -60,7 +60,7 @@ class Fronts:
             call = await self._begin(self._calls, request, function_id, method)
             call_id, self._pending[call.id] = call.id, _messages(call)
         call, messages = self._calls.get(call_id), self._pending[call_id]
-        await call.wait_for(lambda: bool(call.data_out) or not call.unfinished, self._wait_s)
+        await call.wait_for(lambda: bool(call.data_out) or not call.unfinished, self.wait_s)
         if not call.data_out and call.unfinished:
             return web.Response(status=303, headers={"Location": f"{request.path}?{POLL}={call_id}"})
         del self._pending[call_id]
