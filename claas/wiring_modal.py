@@ -44,7 +44,7 @@ async def open_modal(settings: Settings, *, progress: bool) -> tuple[TrainingEng
 
     base = await asyncio.to_thread(load_base_model, named, progress=progress)
     inference: EmbeddedInference
-    engine = await asyncio.to_thread(_engine, named, base, lambda lora_id, version: inference.in_use(lora_id, version), None)
+    engine = await asyncio.to_thread(_engine, named, base, lambda *version: inference.in_use(*version), None)  # noqa: PLW0108 - there is none yet
     inference = EmbeddedInference(
         base,
         ComputeShare(os.cpu_count() or 1),
@@ -71,7 +71,7 @@ async def _with_vllm(settings: Settings) -> tuple[TrainingEngine, InferenceBacke
     url = await asyncio.to_thread(_vllm_url, settings)
     mount = settings.modal_volume_path
     inference: VllmInference
-    engine = await asyncio.to_thread(_engine, settings, base, lambda lora_id, version: inference.in_use(lora_id, version), mount)
+    engine = await asyncio.to_thread(_engine, settings, base, lambda *version: inference.in_use(*version), mount)  # noqa: PLW0108 - as above
     inference = VllmInference(vllm_on_modal(settings, url), base.tokenizer, DeviceMemory(lambda: 0, lambda: None))
     return engine, inference, base.id
 

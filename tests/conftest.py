@@ -12,7 +12,10 @@ from hypothesis import settings
 import claas  # noqa: F401 - it sets how threads wait, before any test imports torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from claas.models.base_model import LoadedModel
+    from tests.modal_server.server import ModalDouble
 
 # A busy machine is no wrong result.
 settings.register_profile("claas", deadline=None)
@@ -50,3 +53,12 @@ def tiny_model(tiny_model_dir: Path) -> LoadedModel:
     from tests.models.tiny import load_tiny_model
 
     return load_tiny_model(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def modal_double(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModalDouble]:
+    """A double of Modal with the app deployed for the tiny model, which the SDK of this process calls while the module's tests run."""
+    from tests.on_modal.stage import on_stage
+
+    with on_stage(tmp_path_factory.mktemp("modal"), tiny_model_dir, CLAAS_MODAL_MAX_CONTAINERS="1") as server:
+        yield server

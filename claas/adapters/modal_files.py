@@ -15,7 +15,7 @@ from claas.adapters.modal_errors import is_blip, modal_errors
 
 if TYPE_CHECKING:
     import modal
-    from modal.volume import FileEntry
+    from modal.types import FileEntry
 
 _TRIES = 3
 _PAUSE_S = 0.3
@@ -37,7 +37,7 @@ class VolumeFiles:
     def listed(self, folder: str) -> dict[str, Entry]:
         """All files in and under a folder, by their path from it; none where there is no such folder."""
         from modal.exception import NotFoundError
-        from modal.volume import FileEntryType
+        from modal.types import FileEntryType
 
         try:
             entries = self._entries(folder)
@@ -83,15 +83,19 @@ class VolumeFiles:
         from modal.exception import ExecutionError
 
         with modal_errors():
-            try:
-                to.writelines(self._volume.read_file(path))
-            except FileNotFoundError:
-                return False
-            except ExecutionError:
-                if self.listed(path):
-                    raise
-                return False  # removed while it was read
-        return True
+            for tried in range(1, _TRIES + 1):
+                to.seek(0)
+                to.truncate()
+                try:
+                    to.writelines(self._volume.read_file(path))
+                except FileNotFoundError:
+                    return False
+                except ExecutionError:  # it was replaced or removed while it was read
+                    if tried == _TRIES:
+                        raise
+                else:
+                    return True
+        raise AssertionError("returned or raised")
 
     def write(self, files: Mapping[str, bytes | Path], *, replace: bool = True) -> None:
         """Write files, all or none of them. Raises FileExistsError if `replace` is False and one is there, StorageFull."""

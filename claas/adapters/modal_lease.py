@@ -85,10 +85,8 @@ class ModalLease:
             yield
         finally:
             renewing.cancel()
-            with suppress(asyncio.CancelledError):
-                await renewing
             try:
-                await asyncio.shield(self._release(lora_id, held))
+                await asyncio.shield(self._release(lora_id, held, renewing))
             finally:
                 del self._held[lora_id]
 
@@ -172,8 +170,9 @@ class ModalLease:
                 return
             held.good_until = mine["until"]
 
-    async def _release(self, lora_id: str, held: _Held) -> None:
+    async def _release(self, lora_id: str, held: _Held, renewing: asyncio.Task[None]) -> None:
         """Where Modal cannot be reached it expires by itself."""
+        await asyncio.wait([renewing])
         if held.lost or self._now() > held.good_until:
             return
         try:

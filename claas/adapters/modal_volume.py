@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from claas.adapters.layout import ADAPTER, LATEST, LEFTOVERS, STAGING, Adapter, 
 from claas.adapters.modal_files import Entry, VolumeFiles
 from claas.adapters.store import CONFIG, MANIFEST, AdapterStore, Staging
 from claas.core.adapter_id import flat_name, parse_adapter_id
-from claas.core.errors import Conflict, NotFound
+from claas.core.errors import ClaasError, Conflict, NotFound
 from claas.core.types import AdapterVersion, utc_now
 from claas.storage.files import disk_errors
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 LEFT_OVER_S = 3600.0
 """Half-written things of this age are nobody's any more."""
+
+SETTLED_S = 120.0
+"""A manifest of this age is remembered. Files are dated by the second: within one, an adapter may be deleted and made anew."""
 
 
 class ModalVolumeStore(AdapterStore):
@@ -92,21 +95,22 @@ class ModalVolumeStore(AdapterStore):
         folder = _folder(published.lora_id, published.version)
         files = {f"{folder}/{path.relative_to(staging.path).as_posix()}": path for path in staging.path.rglob("*") if path.is_file()}
         last = {f"{folder}/{MANIFEST}": files.pop(f"{folder}/{MANIFEST}")}
+        self._check_still_there(adapter)
         try:
             self._files.write(files)
-            if not self._is_still(adapter):
-                raise NotFound(f"the adapter {published.lora_id!r} was deleted meanwhile", param="lora_id")
+            self._check_still_there(adapter)
             self._files.write(last)
         except BaseException:
-            self._files.remove(folder)
+            with suppress(ClaasError):  # then it is a leftover, and the first error says more
+                self._files.remove(folder)
             raise
         _keep(staging.path, self._cached(published))
 
-    def _is_still(self, adapter: Adapter) -> bool:
-        try:
-            return self._adapter(adapter.lora_id).created_at == adapter.created_at
-        except NotFound:
-            return False
+    def _check_still_there(self, adapter: Adapter) -> None:
+        """Raises NotFound if it was deleted, even if it was made anew."""
+        content = self._files.read(f"{flat_name(adapter.lora_id)}/{ADAPTER}")
+        if content is None or Adapter.model_validate_json(content).created_at != adapter.created_at:
+            raise NotFound(f"the adapter {adapter.lora_id!r} was deleted meanwhile", param="lora_id")
 
     def set_latest(self, lora_id: str, version: int) -> None:
         with self._lock:
@@ -163,7 +167,9 @@ class ModalVolumeStore(AdapterStore):
             content = self._files.read(path)
             if content is None:
                 return None
-            manifest = self._manifests[path, own] = AdapterVersion.model_validate_json(content)
+            manifest = AdapterVersion.model_validate_json(content)
+            if self._now() - own.changed_at > SETTLED_S:
+                self._manifests[path, own] = manifest
         return manifest if sum(entry.size for entry in files.values()) == manifest.size_bytes else None
 
     def path(self, lora_id: str, version: int) -> Path:
@@ -210,7 +216,7 @@ class ModalVolumeStore(AdapterStore):
     def _prune(self, lora_id: str, numbers: Iterable[int]) -> None:
         """Forget what was fetched of versions that are no more."""
         kept = set(numbers)
-        for folder in self._cached_of(lora_id).iterdir():
+        for folder in self._cached_of(lora_id).glob("v*"):
             number = version_number(folder.name.partition("-")[0])
             if number is not None and number not in kept and not self._in_use(lora_id, number):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from claas.cli.client import Client, ServiceError, Unreachable
 from claas.cli.findings import Finding, Status
+from claas.cli.modal_checks import check_modal
 from claas.cli.server import bind
 from claas.cli.tinker_checks import check_tinker
 from claas.cli.vllm_checks import check_vllm
@@ -47,6 +48,8 @@ def check_all(**overrides: Any) -> Iterator[Finding]:
         yield check_device(settings)
     if settings.distill_execution_mode == "tinker" and find_spec("tinker") and find_spec("transformers"):
         yield from check_tinker(settings)
+    if settings.distill_execution_mode == "modal" and find_spec("modal"):
+        yield from check_modal(settings)
     if settings.vllm_base_url is not None:
         yield from check_vllm(settings, settings.vllm_base_url)
 
@@ -59,6 +62,8 @@ def check_python() -> Finding:
 def check_packages(settings: Settings) -> Iterator[Finding]:
     """The extras these settings need."""
     needed: list[str] = [settings.distill_execution_mode]
+    if settings.distill_execution_mode == "modal":
+        needed.insert(0, "local")  # prompts are rendered, and adapters begun, where the service runs
     if settings.sqlalchemy_url.startswith("postgresql"):
         needed.append("postgres")
     for extra in needed:

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from claas import __version__
-from claas.cli import adapters, chat, doctor, feedback, retract, serve, teach
+from claas.cli import adapters, chat, doctor, feedback, modal, retract, serve, teach
 from claas.core.errors import ClaasError, ConfigurationError
 
 
@@ -53,3 +53,4 @@ app.command()(retract.retract)
 app.command()(teach.teach)
 app.add_typer(adapters.app)
 app.command()(doctor.doctor)
+app.add_typer(modal.app)

@@ -20,6 +20,8 @@ def serve(
 ) -> None:
     """Start the service.
 
+    --mode modal needs an app on Modal: 'claas modal deploy' makes it.
+
     What is not said here comes from the CLAAS_... variables, the file that CLAAS_CONFIG names, or the defaults: see docs/settings.md.
     """
     import sys

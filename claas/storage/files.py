@@ -57,11 +57,14 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Force a folder's names (new, renamed, deleted) to disk. Windows offers no way to, and keeps them itself."""
+    """Force a folder's names (new, renamed, deleted) to disk. Windows and some mounts offer no way to, and keep them themselves."""
     if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)

@@ -18,6 +18,8 @@ from claas.services import Services
 from tests.doubles.services import World, open_world
 
 KEY = "a-key-for-tests"
+WITHOUT_MODAL = "import sys; sys.modules['modal'] = None; from claas.__main__ import main; main()"
+"""Code of a `claas` that finds no SDK of Modal's; its arguments follow."""
 
 
 @dataclass(frozen=True, slots=True)

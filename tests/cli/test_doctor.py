@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from claas.cli.checks import check_address, check_device, check_folder, check_mo
 from claas.cli.vllm_checks import check_adapters_folder, check_vllm
 from claas.core.settings import Settings
 from claas.models.default_model import MANIFEST, SMOLLM2
-from tests.cli.conftest import KEY, Live, claas
+from tests.cli.conftest import KEY, WITHOUT_MODAL, Live, claas
 from tests.cli.vllm_says import CONTROL, LORA, PATHS, answers, saying
 
 
@@ -71,13 +73,17 @@ def test_the_device_is_told() -> None:
         assert "CLAAS_DEVICE" in finding.detail
 
 
-def test_a_missing_extra_is_named() -> None:
-    findings = {
-        finding.part: finding for finding in check_packages(Settings(distill_execution_mode="modal", database_url="postgresql://x/y"))
-    }
-    assert findings["extra 'modal'"].status == "fail"
-    assert "pip install 'claas[modal]'" in findings["extra 'modal'"].detail
-    assert findings["extra 'postgres'"].status == "ok"
+def test_the_extras_that_are_needed_are_looked_for() -> None:
+    findings = {finding.part for finding in check_packages(Settings(distill_execution_mode="modal", database_url="postgresql://x/y"))}
+    assert findings == {"extra 'local'", "extra 'modal'", "extra 'postgres'"}
+
+
+def test_a_missing_extra_is_named(tmp_path: Path) -> None:
+    run = [sys.executable, "-c", WITHOUT_MODAL, "doctor", "--mode", "modal", "--data-dir", str(tmp_path), "--port", "0", "--json"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False)
+    found = json.loads(done.stdout)["extra 'modal'"]
+    assert done.returncode == 1
+    assert found == {"status": "fail", "detail": "modal missing: pip install 'claas[modal]'"}
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

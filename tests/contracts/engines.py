@@ -8,13 +8,16 @@ import threading
 import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import modal
 from safetensors.torch import load
 
 from claas.adapters.filesystem import FilesystemAdapterStore
+from claas.adapters.modal_mounted import MountedVolumeStore
+from claas.core.adapter_id import flat_name
 from claas.core.errors import StepFailed
 from claas.core.types import (
     ChatMessage,
@@ -28,12 +31,16 @@ from claas.models.chat_template import render
 from claas.models.compute import ComputeShare
 from claas.training.engine.base import TrainingEngine
 from claas.training.engine.local import LocalEngine
+from claas.training.engine.modal import ModalEngine
 from claas.training.report import StepReport
 from claas.training.residency import RESIDENT, Residency, Visiting
+from claas.wiring_modal import open_modal
 from tests.doubles.engine import NO_EFFECT, MemoryEngine
 from tests.doubles.tinker_faults import CLOUD, SKYRL, Ways
 from tests.doubles.tinker_server import TinkerDouble
 from tests.models.tiny import load_tiny_model
+from tests.on_modal.calls import LocalCalls, NoLease, app_of
+from tests.on_modal.stage import APP, modal_settings
 from tests.tinker.teaching import place_of, teaching
 
 A, B = "me/a", "me/b"
@@ -162,6 +169,55 @@ def tinker_of_ones_own(model: LoadedModel, _: Path) -> AbstractAsyncContextManag
 
 
 @asynccontextmanager
+async def modal_local(model: LoadedModel, folder: Path) -> AsyncIterator[Trained]:
+    """Lessons of the app's own worker, through `.local()`."""
+    adapters = {"CLAAS_LORA_ROOT": str(folder), "CLAAS_DEVICE": "cpu", "CLAAS_DTYPE": "float32"}
+    app = app_of({"CLAAS_BASE_MODEL_ID": str(model.path), "CLAAS_MODAL_SERVING": "embedded"} | adapters)
+    store, calls = MountedVolumeStore(folder, None, keep_versions=KEEP), LocalCalls(app.DistillWorker())
+    engine = ModalEngine(store, replace(model, id=Path(model.path).name), calls, NoLease(), price=lambda gpu: None)
+
+    async def breaks(version: int) -> None:
+        (store.path(A, version) / WEIGHTS).write_bytes(b"damaged")
+
+    async def busy() -> None:
+        assert await asyncio.to_thread(calls.begun.wait, 30)
+
+    prompt = render(model.tokenizer, MESSAGES, {})
+    try:
+        yield Trained(engine, Path(model.path).name, OTHERWISE.__getitem__, _changes_something, _for_a_taller_model, breaks, busy, prompt)
+    finally:
+        await engine.aclose()
+
+
+@asynccontextmanager
+async def on_modal(model: LoadedModel, folder: Path) -> AsyncIterator[Trained]:
+    """Lessons of containers, through the true SDK: the app is deployed on the double that this process calls."""
+    engine, inference, base_id = await open_modal(modal_settings(folder, Path(model.path), keep_versions=KEEP), progress=False)
+    volume = modal.Volume.from_name(f"{APP}-adapters")
+
+    async def breaks(version: int) -> None:
+        path = f"{flat_name(A)}/v{version}/{WEIGHTS}"
+        size = len(b"".join([part async for part in volume.read_file.aio(path)]))
+        async with volume.batch_upload.aio(force=True) as batch:
+            batch.put_file(io.BytesIO(bytes(size)), path)
+
+    async def busy() -> None:
+        while (await engine.health()).detail["lessons"] == []:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        while not any(lesson["phase"] == "training" for lesson in (await engine.health()).detail["lessons"]):  # type: ignore[index, call-overload, union-attr] # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    try:
+        prompt = render(model.tokenizer, MESSAGES, {})
+        yield Trained(engine, base_id, OTHERWISE.__getitem__, _changes_something, _for_a_taller_model, breaks, busy, prompt)
+    finally:
+        for lora_id in (await engine.list_loras()).loras:
+            await engine.delete_lora(lora_id)
+        await inference.aclose()
+        await engine.aclose()
+
+
+@asynccontextmanager
 async def double(_: LoadedModel, __: Path) -> AsyncIterator[Trained]:
     engine = MemoryEngine()
 
@@ -198,4 +254,12 @@ def _rewritten(archive: bytes, change: Callable[[str, bytes], tuple[str, bytes]]
     return out.getvalue()
 
 
-ENGINES = {"local": local, "local-visiting": visiting, "tinker": tinker, "tinker-own": tinker_of_ones_own, "double": double}
+ENGINES = {
+    "local": local,
+    "local-visiting": visiting,
+    "tinker": tinker,
+    "tinker-own": tinker_of_ones_own,
+    "modal-local": modal_local,
+    "modal": on_modal,
+    "double": double,
+}

@@ -6,25 +6,30 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from claas.adapters.filesystem import FilesystemAdapterStore
 from claas.adapters.store import CONFIG, MANIFEST, WEIGHTS, AdapterStore
 from claas.core.errors import BadRequest, Conflict, NotFound, StorageFull
 from claas.core.types import AdapterVersion
+from tests.adapters.stores import KEEP, Kept, Opens, filesystem, mounted, volume
 
-KEEP = 4
-STORES: list[Callable[[Path], AdapterStore]] = [lambda root: FilesystemAdapterStore(root, keep_versions=KEEP)]
+STORES: list[Opens] = [filesystem, mounted, volume]
 
 
-@pytest.fixture(params=STORES, ids=["filesystem"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> AdapterStore:
-    made: AdapterStore = request.param(tmp_path / "adapters")
-    return made
+@pytest.fixture(params=STORES)
+def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kept]:
+    opens: Opens = request.param
+    with opens(tmp_path / "adapters") as opened:
+        yield opened
+
+
+@pytest.fixture
+def store(kept: Kept) -> AdapterStore:
+    return kept.store
 
 
 def publish(store: AdapterStore, lora_id: str = "me/a", parent: int | None = None, content: bytes = b"weights", **changes: object) -> int:
@@ -243,10 +248,11 @@ def test_recovering_from_nothing_removes_nothing(store: AdapterStore) -> None:
     assert numbers(store) == [0, 1]
 
 
-def test_recovering_removes_an_adapter_without_a_latest(store: AdapterStore) -> None:
+def test_recovering_removes_an_adapter_without_a_latest(store: AdapterStore, kept: Kept) -> None:
     create(store)
     store.create("me/b", "base")
     publish(store, "me/b")
+    kept.clock.ahead_s = 2 * 3600
     assert any("me/b" in line for line in store.recover())
     assert store.adapters() == ["me/a"]
     create(store, "me/b")

@@ -17,12 +17,15 @@ from claas.core.types import (
 from claas.models.base_model import LoadedModel
 from tests.contracts.engines import CONFIG, ENGINES, WEIGHTS, A, B, Trained
 
-TAKING_WEIGHTS = [name for name in ENGINES if not name.startswith("tinker")]  # docs/tinker.md: not supported there
+ALL = [pytest.param(name, marks=pytest.mark.integration) if name == "modal" else name for name in ENGINES]
+TAKING_WEIGHTS = [name for name in ALL if name not in ("tinker", "tinker-own")]  # docs/tinker.md: not supported there
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=ALL)
 async def trained(request: pytest.FixtureRequest, tiny_model: LoadedModel, tmp_path: Path) -> AsyncIterator[Trained]:
     """An engine with one adapter, `A`."""
+    if request.param == "modal":
+        request.getfixturevalue("modal_double")
     async with ENGINES[request.param](tiny_model, tmp_path) as made:
         await made.engine.init_lora(LoraInitRequest(lora_id=A))
         yield made

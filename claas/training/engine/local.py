@@ -12,6 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -58,8 +59,12 @@ class LocalEngine(StoredEngine):
     async def distill(self, payload: DistillBatchRequestPayload) -> DistillResponse:
         refuse_in_place(payload)
         self._stop_if_closing()
+        given_up = threading.Event()
         try:
-            report = await asyncio.get_running_loop().run_in_executor(self._trainer, self._distill, payload)
+            report = await asyncio.get_running_loop().run_in_executor(self._trainer, self._distill, payload, given_up)
+        except asyncio.CancelledError:
+            given_up.set()  # its thread hears of it at the next micro-batch
+            raise
         except ClaasError:
             raise
         except Exception as error:
@@ -96,25 +101,31 @@ class LocalEngine(StoredEngine):
         self._closing.set()
         await asyncio.to_thread(self._trainer.shutdown)
 
-    def _distill(self, payload: DistillBatchRequestPayload) -> StepReport:
+    def _distill(self, payload: DistillBatchRequestPayload, given_up: threading.Event) -> StepReport:
         parent = self._store.latest(payload.lora_id) if payload.parent is None else payload.parent
         folder = self._store.path(payload.lora_id, parent)
         samples = self._samples(payload, parent)
         # Left from the right: what was staged is published when the device is free again.
         with ExitStack() as publishing, self._share.training(), self._meter.watch(), self._residency.on_device() as seconds:
-            report = self._learn(payload, parent, folder, samples, publishing)
+            report = self._learn(payload, parent, folder, samples, publishing, given_up)
         cost = report.cost.model_copy(update={"seconds": report.cost.seconds | {phase: round(s, 4) for phase, s in seconds.items()}})
         return report.model_copy(update={"cost": cost})
 
     def _learn(
-        self, payload: DistillBatchRequestPayload, parent: int, folder: Path, samples: Sequence[Sample], publishing: ExitStack
+        self,
+        payload: DistillBatchRequestPayload,
+        parent: int,
+        folder: Path,
+        samples: Sequence[Sample],
+        publishing: ExitStack,
+        given_up: threading.Event,
     ) -> StepReport:
         """The step, and its version staged in `publishing`. Everything it makes on the device is local to it."""
         training = payload.training
         policy = Policy(self._base, folder, max(sample.length for sample in samples))
         policy.teachers = load_teachers(folder, wanted_teachers(training), policy.snapshot())
         optimizer = policy.optimizer(folder, training.learning_rate)
-        result = LessonStep(policy, optimizer, training, samples, self._breathe).run()
+        result = LessonStep(policy, optimizer, training, samples, partial(self._breathe, given_up)).run()
         report = summarise(result, training, parent=parent, token_text=self._token_text)
         if report.outcome != "applied":
             return report
@@ -124,9 +135,11 @@ class LocalEngine(StoredEngine):
         save_teachers(staging.path, after)
         return report.model_copy(update={"version": staging.version})
 
-    def _breathe(self) -> None:
+    def _breathe(self, given_up: threading.Event) -> None:
         """Between micro-batches: stop if asked to, and take no more cores than serving leaves."""
         self._stop_if_closing()
+        if given_up.is_set():
+            raise BackendUnavailable("the lesson was given up")
         self._share.apply()
 
     def _stop_if_closing(self) -> None:

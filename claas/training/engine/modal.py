@@ -66,16 +66,13 @@ class Lease(Protocol):
 
 @dataclass(slots=True)
 class _Lesson:
-    """A lesson under way, and since when it waits for a container, or is trained."""
+    """A lesson under way, and since when it is in this phase."""
 
     lora_id: str
     phase: Phase = "waiting for a container"
     since: float = field(default_factory=time.monotonic)
-    waited_s: float = 0.0
 
     def enter(self, phase: Phase) -> None:
-        if self.phase == "waiting for a container" and phase == "training":
-            self.waited_s = time.monotonic() - self.since
         self.phase, self.since = phase, time.monotonic()
 
     def told(self) -> dict[str, JsonValue]:
@@ -122,6 +119,7 @@ class ModalEngine(StoredEngine):
         call, lesson = uuid.uuid4().hex, _Lesson(payload.lora_id)
         request = encode(LessonCall(call=call, base_model=self._base.id, payload=payload.model_copy(update={"parent": parent})))
         self._lessons[call] = lesson
+        began = time.monotonic()
         task = asyncio.create_task(self._calls.distill(call, request, lesson.enter))
         self._tasks.add(task)
         try:
@@ -138,7 +136,8 @@ class ModalEngine(StoredEngine):
         if answer.error is not None:
             raise raised(answer.error)
         report = StepReport.model_validate(answer.report)
-        seconds = report.cost.seconds | {"container": round(lesson.waited_s, 4)}
+        waited = max(0.0, time.monotonic() - began - answer.worker.seconds)
+        seconds = report.cost.seconds | {"container": round(waited, 4)}
         report = report.model_copy(update={"cost": report.cost.model_copy(update={"seconds": seconds})})
         return DistillResponse(lora_id=payload.lora_id, metadata=report.model_dump(mode="json"))
 
