@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ def read_lora(folder: Path, name: str, *, device: torch.device, dtype: torch.dty
     """
     try:
         config = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
+        tensors = read_tensors(folder / WEIGHTS)
     except FileNotFoundError as error:
         raise NotFound(f"the files of adapter version {name!r} are gone", param="model") from error
     except (ValueError, SafetensorError) as error:
@@ -197,3 +197,8 @@ class LoraLinear(nn.Linear):
         else:
             y_NO.add_(h_NR.mm(pack.b_RO))
         return y
+
+
+def read_tensors(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """A safetensors file's tensors, none of which keeps the file open: a Volume of Modal's could not be reloaded then."""
+    return {name: tensor.to(device) for name, tensor in load(file.read_bytes()).items()}

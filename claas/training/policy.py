@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from claas.adapters.store import OPTIMIZER
 from claas.models.base_model import LoadedModel
+from claas.models.lora import read_tensors
 from claas.training.batch import Sequences
 from claas.training.fused import fuse
 from claas.training.lora import LoraLinear
@@ -76,7 +77,7 @@ class Policy:
         optimizer = torch.optim.AdamW(self.parameters.values(), lr=learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0)
         file = folder / OPTIMIZER
         if file.is_file():
-            stored = load_file(file, device=str(self.device))
+            stored = read_tensors(file, device=str(self.device))
             for name, parameter in self.parameters.items():
                 optimizer.state[parameter] = {
                     "step": stored[f"{name}.step"].cpu(),

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from claas.adapters.store import TEACHER
 from claas.core.types import TrainingConfig
+from claas.models.lora import read_tensors
 
 EMA_RANKS = 2
 _LESSONS = "lessons"
@@ -56,7 +57,7 @@ def load_teachers(folder: Path, kinds: Iterable[TeacherMemory], student: Adapter
         if not file.is_file():
             return Teacher(student, 0)
         device = str(next(iter(student.values())).device)
-        stored = load_file(file, device=device)
+        stored = read_tensors(file, device=device)
         return Teacher({name: stored[name] for name in student}, int(stored[_LESSONS]))
 
     return {kind: load(kind) for kind in kinds}
