@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import modal
 from pydantic import SecretStr
 
 from claas.api.app import create_app
@@ -18,6 +19,7 @@ from claas.wiring import open_services
 from tests.doubles.tinker_faults import CLOUD, SKYRL, Ways
 from tests.doubles.tinker_server import KEY, TinkerDouble
 from tests.inference.vllm_serving import sound_double
+from tests.on_modal.stage import APP, modal_settings
 
 URL = "http://127.0.0.1"
 Opening = Callable[[LoadedModel, Path, Path], AbstractContextManager[Settings]]
@@ -46,6 +48,15 @@ def _tinker(ways: Ways) -> Opening:
     return opening
 
 
+@contextmanager
+def _modal(_: LoadedModel, model_dir: Path, folder: Path) -> Iterator[Settings]:
+    """On the double that the module's tests share: what one of them made is taken away."""
+    yield modal_settings(folder, model_dir)
+    volume = modal.Volume.from_name(f"{APP}-adapters")
+    for entry in volume.listdir("/"):
+        volume.remove_file(entry.path, recursive=True)
+
+
 def tinker_settings(server: TinkerDouble, folder: Path, tokenizer: Path, **more: Any) -> Settings:
     return Settings(
         distill_execution_mode="tinker", tinker_base_url=server.url, tinker_api_key=SecretStr(KEY), base_model_id=server.model.id,
@@ -68,6 +79,7 @@ BACKENDS = (
     Backend("vllm", "local", "vLLM", _vllm),
     Backend("tinker-hosted", "tinker", "Tinker, hosted", _tinker(CLOUD)),
     Backend("tinker-skyrl", "tinker", "Tinker, SkyRL", _tinker(SKYRL)),
+    Backend("modal-embedded", "modal", "Modal, embedded", _modal),
 )
 
 

@@ -16,18 +16,25 @@ from tests.conformance.backends import BACKENDS, Backend, asked
 MODE = os.environ.get("CLAAS_DISTILL_EXECUTION_MODE")
 CHOSEN = [backend for backend in BACKENDS if MODE in (None, backend.mode)]
 if not CHOSEN:  # pytest would skip all tests, and be content
-    raise pytest.UsageError(f"no backend is tried in {MODE!r} mode: CLAAS_DISTILL_EXECUTION_MODE is local or tinker here, or unset")
+    raise pytest.UsageError(f"no backend is tried in {MODE!r} mode: CLAAS_DISTILL_EXECUTION_MODE is local, tinker or modal, or unset")
 
 
-@pytest.fixture(params=CHOSEN, ids=lambda backend: backend.name)
+PARAMS = [pytest.param(backend, id=backend.name, marks=[pytest.mark.integration] if backend.mode == "modal" else []) for backend in CHOSEN]
+
+
+@pytest.fixture(params=PARAMS)
 def backend(request: pytest.FixtureRequest) -> Backend:
     chosen: Backend = request.param
     return chosen
 
 
 @pytest.fixture
-def settings(backend: Backend, tiny_model: LoadedModel, tiny_model_dir: Path, tmp_path: Path) -> Iterator[Settings]:
+def settings(
+    request: pytest.FixtureRequest, backend: Backend, tiny_model: LoadedModel, tiny_model_dir: Path, tmp_path: Path
+) -> Iterator[Settings]:
     """Of a service that can be opened again and again: it finds what it left."""
+    if backend.mode == "modal":
+        request.getfixturevalue("modal_double")
     with backend.opening(tiny_model, tiny_model_dir, tmp_path / "data") as chosen:
         yield chosen
 

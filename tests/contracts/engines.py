@@ -202,9 +202,7 @@ async def on_modal(model: LoadedModel, folder: Path) -> AsyncIterator[Trained]:
             batch.put_file(io.BytesIO(bytes(size)), path)
 
     async def busy() -> None:
-        while (await engine.health()).detail["lessons"] == []:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        while not any(lesson["phase"] == "training" for lesson in (await engine.health()).detail["lessons"]):  # type: ignore[index, call-overload, union-attr] # noqa: ASYNC110
+        while "training" not in str((await engine.health()).detail["lessons"]):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     try:
