@@ -91,6 +91,18 @@ def test_only_a_commit_publishes(server: ModalDouble, worker: modal.cls.Obj) -> 
     assert published.read_text() == "draft" and server.volumes.commits[-1][1] == ["draft/file", "draft/other"]
 
 
+def test_a_reload_may_commit_what_was_not(server: ModalDouble, worker: modal.cls.Obj) -> None:
+    published = server.volumes.folder("sample-files") / "half"
+    worker.write.remote("half", "x", commit=False)
+    assert worker.read.remote("half", reload=True) is None and not published.exists()
+    server.volumes.reload_commits = True
+    try:
+        worker.write.remote("half", "x", commit=False)
+        assert worker.read.remote("half", reload=True) == "x" and published.read_text() == "x"
+    finally:
+        server.volumes.reload_commits = False
+
+
 def test_a_commit_leaves_alone_what_this_container_did_not_change(worker: modal.cls.Obj, client: modal.Client) -> None:
     outside = modal.Volume.from_name("sample-files", client=client)
     put(outside, "/theirs", b"1")

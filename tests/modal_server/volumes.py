@@ -71,6 +71,8 @@ class Volumes:
     def __init__(self, ids: Ids, blobs: Blobs, mounts: Mounts, folder: Path, version: int) -> None:
         self.names = Names("Volume", lambda: ids.new("vo"))
         self.commits: list[tuple[str, list[str]]] = []
+        # Modal says only that a reload may commit what was not: by default it is gone here.
+        self.reload_commits = False
         self._folder = folder
         self._blobs, self._mounts = blobs, mounts
         self._default = _VERSIONS[version]
@@ -175,8 +177,11 @@ class Volumes:
     async def _reload(self, request: pb.VolumeReloadRequest, caller: Caller) -> Empty:
         self._store(request.volume_id)
         copy = self._copy_of(caller, request.volume_id, "reload()")
-        if self._open_files(str(caller.task_id)) & copy.files():
-            raise refuse(Status.FAILED_PRECONDITION, "there are open files preventing the operation")
+        if held := self._open_files(str(caller.task_id)) & copy.files():
+            names = ", ".join(sorted(name for _, name in held))
+            raise refuse(Status.FAILED_PRECONDITION, f"there are open files preventing the operation: {names}")
+        if self.reload_commits:
+            self.commits.append((str(caller.task_id), copy.commit()))
         copy.reload()
         return Empty()
 
