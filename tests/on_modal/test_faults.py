@@ -49,8 +49,8 @@ async def _engine_of(modal_double: ModalDouble, tiny_model_dir: Path, tmp_path: 
     made: list[ModalEngine] = []
     model = load_tiny_model(tiny_model_dir)
 
-    def make(client: modal.Client | None = None, **settings: Any) -> ModalEngine:
-        chosen = modal_settings(tmp_path / "data", tiny_model_dir, **settings)
+    def make(client: modal.Client | None = None, **more: Any) -> ModalEngine:
+        chosen = modal_settings(tmp_path / "data", tiny_model_dir).model_copy(update=more)
         signs = modal.Dict.from_name(f"{APP}-leases", create_if_missing=True, client=client)
         store = FilesystemAdapterStore(tmp_path / "adapters", keep_versions=9)
         made.append(ModalEngine(store, model, ModalCalls(chosen, signs, client), NoLease(), price=lambda gpu: None))
