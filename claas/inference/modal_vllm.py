@@ -24,9 +24,8 @@ def vllm_command(model: str, port: int, *, max_cpu_loras: int) -> list[str]:
     name = Path(model).resolve().name if Path(model).is_dir() else model
     return [
         *("vllm", "serve", model, "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"),
-        *("--enable-lora", "--max-loras", str(MAX_LORAS), "--max-lora-rank", str(MAX_LORA_RANK)),
-        *("--lora-target-modules", *TARGETS, "--max-logprobs", str(MAX_LOGPROBS)),
-        *("--max-cpu-loras", str(max(max_cpu_loras, MAX_LORAS))),
+        *("--enable-lora", "--max-loras", str(MAX_LORAS), "--max-cpu-loras", str(max(max_cpu_loras, MAX_LORAS))),
+        *("--max-lora-rank", str(MAX_LORA_RANK), "--lora-target-modules", *TARGETS, "--max-logprobs", str(MAX_LOGPROBS)),
     ]
 
 
