@@ -17,7 +17,7 @@ from claas.core.errors import BadRequest, Conflict, NotFound, StorageFull
 from claas.core.types import AdapterVersion
 from tests.adapters.stores import KEEP, Kept, Opens, filesystem, mounted, volume
 
-STORES: list[Opens] = [filesystem, mounted, volume]
+STORES = [filesystem, mounted, pytest.param(volume, marks=pytest.mark.integration)]
 
 
 @pytest.fixture(params=STORES)

@@ -13,9 +13,12 @@ from claas.core.errors import AdapterBusy, BackendUnavailable
 from tests.adapters.stores import Clock
 from tests.inference.gate import until
 from tests.modal_server.server import ModalDouble
-from tests.on_modal.lossy import SDK_GIVES_UP, lose_answers
 
 ADAPTER = "me/a"
+pytestmark = pytest.mark.integration
+
+SDK_GIVES_UP = 100
+"""More times than the SDK tries again by itself."""
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +31,6 @@ def modal_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModalDoub
 def server(modal_server: ModalDouble) -> Iterator[ModalDouble]:
     yield modal_server
     modal_server.faults.clear()
-    for method in ("DictGet", "DictUpdate", "DictPop"):
-        lose_answers(modal_server, method, 0)
 
 
 @pytest.fixture
@@ -211,7 +212,7 @@ async def test_a_holder_sees_that_its_lease_was_taken(leases: modal.Dict) -> Non
 async def test_an_answer_that_gets_lost_once_changes_nothing(leases: modal.Dict, server: ModalDouble, method: str) -> None:
     one, two = service(leases), service(leases)
     for _ in range(3):
-        lose_answers(server, method, 1)
+        server.faults.lose_answer(method, 1)
         async with one.hold(ADAPTER):
             one.check(ADAPTER)
             with pytest.raises(AdapterBusy):
@@ -223,11 +224,11 @@ async def test_an_answer_that_gets_lost_once_changes_nothing(leases: modal.Dict,
 
 async def test_a_lease_that_was_taken_without_an_answer_is_ones_own_at_the_next_try(leases: modal.Dict, server: ModalDouble) -> None:
     one, two = service(leases), service(leases)
-    lose_answers(server, "DictUpdate", SDK_GIVES_UP)
+    server.faults.lose_answer("DictUpdate", SDK_GIVES_UP)
     with pytest.raises(BackendUnavailable, match="cannot be reached"):
         async with one.hold(ADAPTER):
             pass
-    lose_answers(server, "DictUpdate", 0)
+    server.faults.lose_answer("DictUpdate", 0)
     async with one.hold(ADAPTER):
         one.check(ADAPTER)
     async with two.hold(ADAPTER):

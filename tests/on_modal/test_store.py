@@ -17,7 +17,12 @@ from claas.core.errors import BackendUnavailable, Conflict, NotFound, StorageFul
 from claas.core.types import AdapterVersion
 from tests.adapters.stores import Clock
 from tests.modal_server.server import ModalDouble
-from tests.on_modal.lossy import SDK_GIVES_UP, lose_answers, meanwhile
+from tests.on_modal.blocks import lose_blocks
+
+pytestmark = pytest.mark.integration
+
+SDK_GIVES_UP = 100
+"""More times than the SDK tries again by itself."""
 
 WRITES = ["VolumePutFiles2", "VolumeRemoveFile2"]
 
@@ -66,10 +71,6 @@ def publish(
         (staging.path / CONFIG).write_bytes(b"{}")
         meanwhile()
     return staging.version
-
-
-def replace(path: Path, content: str) -> None:
-    path.write_text(content)
 
 
 def numbers(store: ModalVolumeStore) -> list[int]:
@@ -212,7 +213,7 @@ def test_answers_that_get_lost_now_and_then_change_nothing(world: World, method:
         lambda: world.one.delete("me/b"),
     ]
     for step in steps:
-        lose_answers(world.server, method, 1)
+        world.server.faults.lose_answer(method, 1)
         step()
     assert (world.two.latest("me/a"), numbers(world.two)) == (2, [0, 2])
     assert {path.partition("/")[0] for path in world.listed()} == {"me~a"}
@@ -222,10 +223,10 @@ def test_what_was_done_without_an_answer_can_be_done_again(world: World) -> None
     number = publish(world.one)
     steps: list[Callable[[], None]] = [lambda: world.one.create("me/b", "base"), lambda: world.one.set_latest("me/a", number)]
     for step in steps:
-        lose_answers(world.server, "VolumePutFiles2", SDK_GIVES_UP)
+        world.server.faults.lose_answer("VolumePutFiles2", SDK_GIVES_UP)
         with pytest.raises(BackendUnavailable, match="cannot be reached"):
             step()
-        lose_answers(world.server, "VolumePutFiles2", 0)
+        world.server.faults.lose_answer("VolumePutFiles2", 0)
         step()
     assert world.two.latest("me/a") == number
 
@@ -243,8 +244,8 @@ def test_a_deletion_that_broke_off_can_be_done_again(world: World) -> None:
 def test_a_version_whose_upload_broke_off_leaves_nothing_and_its_number_is_taken(world: World) -> None:
     before = world.listed()
     with pytest.raises(BackendUnavailable):
-        publish(world.one, b"lost", meanwhile=lambda: lose_answers(world.server, "VolumePutFiles2", SDK_GIVES_UP))
-    lose_answers(world.server, "VolumePutFiles2", 0)
+        publish(world.one, b"lost", meanwhile=lambda: world.server.faults.lose_answer("VolumePutFiles2", SDK_GIVES_UP))
+    world.server.faults.lose_answer("VolumePutFiles2", 0)
     assert world.listed() == before
     assert publish(world.two) == 2
 
@@ -284,9 +285,9 @@ def test_reading_survives_a_blip_and_says_so_when_it_lasts(world: World) -> None
 
 def test_a_file_that_is_replaced_while_it_is_read_is_read_anew(world: World) -> None:
     latest = world.on_volume / "me~a" / "latest"
-    meanwhile(world.server, "VolumeGetFile2", lambda: replace(latest, "10"))
+    lose_blocks(world.server, lambda: latest.write_text("10"))
     assert world.two.latest("me/a") == 10
-    meanwhile(world.server, "VolumeGetFile2", latest.unlink)
+    lose_blocks(world.server, latest.unlink)
     with pytest.raises(NotFound, match="no version yet"):
         world.two.latest("me/a")
 
