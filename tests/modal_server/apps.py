@@ -72,6 +72,7 @@ class Apps:
             "AppCreate": self._create,
             "AppGetLayout": self._get_layout,
             "AppGetLifecycle": self._get_lifecycle,
+            "AppGetInfo": self._get_info,
             "AppPublish": self._publish,
             "AppHeartbeat": self._heartbeat,
             "AppClientDisconnect": self._disconnect,
@@ -161,6 +162,12 @@ class Apps:
 
     async def _get_lifecycle(self, request: pb.AppGetLifecycleRequest, caller: Caller) -> pb.AppGetLifecycleResponse:
         return pb.AppGetLifecycleResponse(lifecycle=self.get(request.app_id).lifecycle())
+
+    async def _get_info(self, request: pb.AppGetInfoRequest, caller: Caller) -> pb.AppGetInfoResponse:
+        app = self.get(request.app_id)
+        return pb.AppGetInfoResponse(
+            info=pb.AppHandleMetadata(description=app.description, lifecycle=app.lifecycle(), functions=app.functions)
+        )
 
     async def _publish(self, request: pb.AppPublishRequest, caller: Caller) -> pb.AppPublishResponse:
         app = self.get(request.app_id)

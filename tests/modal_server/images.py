@@ -89,6 +89,10 @@ class Mounts:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(self._files[digest])
 
+    def content(self, digest: str) -> bytes:
+        """The file with this SHA-256."""
+        return self._files[digest]
+
     def metadata(self, mount_id: str) -> pb.MountHandleMetadata:
         listing = repr(sorted(self._mounts.get(mount_id, {}).items()))
         return pb.MountHandleMetadata(content_checksum_sha256_hex=hashlib.sha256(listing.encode()).hexdigest())

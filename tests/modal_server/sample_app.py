@@ -103,6 +103,19 @@ class Web:
         return _asgi
 
 
+@app.cls(startup_timeout=1)
+class Stuck:
+    """Is never ready."""
+
+    @modal.enter()
+    def begin(self) -> None:
+        time.sleep(60)
+
+    @modal.method()
+    def answer(self) -> int:
+        return 42
+
+
 @app.function(timeout=1)
 def late() -> None:
     time.sleep(60)

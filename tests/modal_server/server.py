@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpclib.server
-import modal
+from modal import Client
 from modal_proto import api_pb2 as pb
 
 from tests.modal_server.apps import Apps
@@ -39,10 +39,16 @@ TREE = Path(__file__).parents[2]
 
 class ModalDouble:
     """Modal in a folder. `env` is what all its containers have besides what their app gives them, `scaledown_s` ends idle
-    containers sooner than the app says, `web_wait_s` is how long a web request waits before it is redirected."""
+    containers sooner than the app says, `web_wait_s` is how long a web request waits before it is redirected, and
+    `volume_version` is that of Volumes whose maker names none."""
 
     def __init__(
-        self, folder: Path, env: Mapping[str, str] | None = None, scaledown_s: float | None = None, web_wait_s: float = 150.0
+        self,
+        folder: Path,
+        env: Mapping[str, str] | None = None,
+        scaledown_s: float | None = None,
+        web_wait_s: float = 150.0,
+        volume_version: int = 2,
     ) -> None:
         self.url = ""
         self.faults = Faults(TOKEN)
@@ -51,7 +57,7 @@ class ModalDouble:
         self.fronts = Fronts(web_wait_s)
         self.images, self.secrets, self.dicts = Images(ids), Secrets(ids), Dicts(ids)
         self.mounts = Mounts(ids, self._blobs)
-        self.volumes = Volumes(ids, self._blobs, folder / "volumes")
+        self.volumes = Volumes(ids, self._blobs, self.mounts, folder / "volumes", volume_version)
         self.functions = Functions(ids, self.fronts.open)
         self.apps = Apps(ids, self.functions, self.volumes, self.mounts)
         self.function_calls = Calls(ids, self.functions, self.faults)
@@ -60,7 +66,7 @@ class ModalDouble:
         self.volumes.watch_open_files(self.containers.open_files)
         self.fronts.serve(self.function_calls)
         self._plane = self._control_plane()
-        self._clients: list[modal.Client] = []
+        self._clients: list[Client] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="modal-double")
         self._grpc: grpclib.server.Server | None = None
@@ -71,8 +77,6 @@ class ModalDouble:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for client in self._clients:
-            client.close()
         self._run(self._stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -97,10 +101,10 @@ class ModalDouble:
             "MODAL_CONFIG_PATH": "/nonexistent",
         }
 
-    def client(self, token_secret: str = TOKEN[1]) -> modal.Client:
+    def client(self, token_secret: str = TOKEN[1]) -> Client:
         """A client of this server for `client=`, closed with the server."""
-        client = modal.Client(self.url, pb.CLIENT_TYPE_CLIENT, (TOKEN[0], token_secret))
-        self._clients.append(client.__enter__())
+        client = Client(self.url, pb.CLIENT_TYPE_CLIENT, (TOKEN[0], token_secret))
+        self._run(self._open(client))
         return client
 
     def modal(self, *arguments: str, env: Mapping[str, str] | None = None, check: bool = True) -> str:
@@ -137,6 +141,9 @@ class ModalDouble:
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
+    async def _open(self, client: Client) -> None:
+        self._clients.append(await client.__aenter__())
+
     async def _kill(self, containers: list[Container]) -> None:
         for container in containers:
             container.kill()
@@ -162,6 +169,8 @@ class ModalDouble:
 
     async def _stop(self) -> None:
         assert self._grpc is not None
+        for client in self._clients:
+            await client.close.aio()
         await self.containers.stop_all()
         await self.fronts.close()
         self._grpc.close()

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.integration
 def test_what_an_app_declares_is_there_to_be_seen(server: ModalDouble) -> None:
     app = server.apps.deployed("sample")
     assert app is not None and app.state == pb.APP_STATE_DEPLOYED
-    assert set(app.functions) == {"Worker.*", "Web.*", "late", "plain"} and set(app.classes) == {"Worker", "Web"}
+    assert set(app.functions) == {"Worker.*", "Web.*", "Stuck.*", "late", "plain"} and set(app.classes) == {"Worker", "Web", "Stuck"}
     worker = server.functions.get(app.functions["Worker.*"])
     assert worker.definition.resources.gpu_config.gpu_type == "L40S"
     assert (worker.max_containers, worker.scaledown_s, worker.definition.timeout_secs) == (2, 2, 600)
@@ -34,10 +34,12 @@ def test_the_tags_of_an_app_are_read_and_changed(client: modal.Client) -> None:
 
 def test_redeploying_replaces_containers_and_keeps_the_app(server: ModalDouble, worker: modal.cls.Obj) -> None:
     before = server.apps.deployed("sample")
+    assert before is not None
+    versions = before.versions
     first = worker.describe.remote("a")["task"]
     server.modal("deploy", "-m", "tests.modal_server.sample_app", env={"SAMPLE_MOUNT": _mount(server)})
     after = server.apps.deployed("sample")
-    assert before is after and after is not None and after.versions == 2
+    assert before is after and before.versions == versions + 1
     assert worker.describe.remote("b")["task"] != first
 
 
@@ -47,6 +49,7 @@ def test_an_app_is_listed_and_stopped(server: ModalDouble, client: modal.Client)
     call = stopped.sleep.spawn(60, "passing")
     assert stopped.describe.remote("x")["name"] == "x" and server.live_containers("passing")
     assert "passing" in server.modal("app", "list")
+    assert "passing" in server.modal("container", "list")
     server.modal("app", "stop", "passing", "--yes")
     with pytest.raises(modal.exception.RemoteError, match="stopped"):
         call.get(timeout=20)

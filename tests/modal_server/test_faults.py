@@ -114,6 +114,11 @@ def test_a_container_that_cannot_start_fails_what_waits_for_it(tmp_path: Path) -
             modal.Cls.from_name("sample", "Worker", client=server.client())().echo.remote(b"x")
 
 
+def test_a_container_that_is_not_ready_in_time_fails_what_waits_for_it(client: modal.Client) -> None:
+    with pytest.raises(modal.exception.RemoteError, match="before it was ready"):
+        modal.Cls.from_name("sample", "Stuck", client=client)().answer.remote()
+
+
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     with ModalDouble(tmp_path, env={"SAMPLE_CHILD": "1"}) as server:
         server.modal("deploy", "-m", "tests.modal_server.sample_app", env={"SAMPLE_MOUNT": str(tmp_path / "mount")})

@@ -14,9 +14,10 @@ from tests.modal_server.waiting import until
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture
-def volume(client: modal.Client) -> modal.Volume:
-    return modal.Volume.from_name("outside", create_if_missing=True, version=2, client=client)
+@pytest.fixture(params=[1, 2])
+def volume(client: modal.Client, request: pytest.FixtureRequest) -> modal.Volume:
+    """Of either version: what is asked differs, what happens does not."""
+    return modal.Volume.from_name(f"outside-{request.param}", create_if_missing=True, version=request.param, client=client)
 
 
 def put(volume: modal.Volume, path: str, data: bytes, force: bool = True) -> None:
@@ -88,6 +89,18 @@ def test_only_a_commit_publishes(server: ModalDouble, worker: modal.cls.Obj) -> 
     assert not published.exists()
     worker.write.remote("draft/other", "x")
     assert published.read_text() == "draft" and server.volumes.commits[-1][1] == ["draft/file", "draft/other"]
+
+
+def test_a_reload_may_commit_what_was_not(server: ModalDouble, worker: modal.cls.Obj) -> None:
+    published = server.volumes.folder("sample-files") / "half"
+    worker.write.remote("half", "x", commit=False)
+    assert worker.read.remote("half", reload=True) is None and not published.exists()
+    server.volumes.reload_commits = True
+    try:
+        worker.write.remote("half", "x", commit=False)
+        assert worker.read.remote("half", reload=True) == "x" and published.read_text() == "x"
+    finally:
+        server.volumes.reload_commits = False
 
 
 def test_a_commit_leaves_alone_what_this_container_did_not_change(worker: modal.cls.Obj, client: modal.Client) -> None:

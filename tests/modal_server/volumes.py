@@ -1,4 +1,4 @@
-"""Modal's Volumes, version 2: a committed state that all see, and a working copy in each container that mounts one.
+"""Modal's Volumes, of both versions: a committed state that all see, and a working copy in each container that mounts one.
 
 Commit and reload are the only exchange: a commit publishes the files that changed in this container since it last
 looked (so the last write of a file wins), a reload brings what others committed, and fails while a file is open.
@@ -17,11 +17,13 @@ from grpclib import Status
 from modal_proto import api_pb2 as pb
 
 from tests.modal_server.blobs import BLOCK, Blobs
+from tests.modal_server.images import Mounts
 from tests.modal_server.names import Names
 from tests.modal_server.processes import File
 from tests.modal_server.rpc import Caller, Ids, Streaming, Unary, not_found, refuse
 
 Signature = tuple[int, int, int]
+_VERSIONS = {1: pb.VOLUME_FS_VERSION_V1, 2: pb.VOLUME_FS_VERSION_V2}
 
 
 class WorkingCopy:
@@ -66,11 +68,15 @@ class WorkingCopy:
 class Volumes:
     """Each Volume under its id: a folder with its committed state."""
 
-    def __init__(self, ids: Ids, blobs: Blobs, folder: Path) -> None:
+    def __init__(self, ids: Ids, blobs: Blobs, mounts: Mounts, folder: Path, version: int) -> None:
         self.names = Names("Volume", lambda: ids.new("vo"))
         self.commits: list[tuple[str, list[str]]] = []
+        # Modal says only that a reload may commit what was not: by default it is gone here.
+        self.reload_commits = False
         self._folder = folder
-        self._blobs = blobs
+        self._blobs, self._mounts = blobs, mounts
+        self._default = _VERSIONS[version]
+        self._versions: dict[str, pb.VolumeFsVersion.ValueType] = {}
         self._copies: dict[tuple[str, str], WorkingCopy] = {}
         self._open_files: Callable[[str], set[File]] = lambda _: set()
 
@@ -91,10 +97,13 @@ class Volumes:
             "VolumePutFiles2": self._put_files,
             "VolumeRemoveFile2": self._remove_file,
             "VolumeCopyFiles2": self._copy_files,
+            "VolumePutFiles": self._put_files_1,
+            "VolumeRemoveFile": self._remove_file,
+            "VolumeCopyFiles": self._copy_files,
         }
 
     def streams(self) -> dict[str, Streaming]:
-        return {"VolumeListFiles2": self._list_files}
+        return {"VolumeListFiles2": self._list_files, "VolumeListFiles": self._list_files_1}
 
     def folder(self, name: str, environment: str = "") -> Path:
         """The committed state of the Volume of this name, for tests to look at."""
@@ -108,7 +117,7 @@ class Volumes:
         return folder
 
     def metadata(self, volume_id: str) -> pb.VolumeMetadata:
-        return pb.VolumeMetadata(version=pb.VOLUME_FS_VERSION_V2, name=self.names.name_of(volume_id))
+        return pb.VolumeMetadata(version=self._versions[volume_id], name=self.names.name_of(volume_id))
 
     def _store(self, volume_id: str) -> Path:
         folder = self._folder / volume_id
@@ -131,8 +140,10 @@ class Volumes:
 
     async def _get_or_create(self, request: pb.VolumeGetOrCreateRequest, caller: Caller) -> pb.VolumeGetOrCreateResponse:
         volume_id = self.names.get_or_create(request.environment_name, request.deployment_name, request.object_creation_type)
+        self._versions.setdefault(volume_id, request.version or self._default)
         (self._folder / volume_id).mkdir(parents=True, exist_ok=True)
-        return pb.VolumeGetOrCreateResponse(volume_id=volume_id, version=pb.VOLUME_FS_VERSION_V2, metadata=self.metadata(volume_id))
+        metadata = self.metadata(volume_id)
+        return pb.VolumeGetOrCreateResponse(volume_id=volume_id, version=metadata.version, metadata=metadata)
 
     async def _get_by_id(self, request: pb.VolumeGetByIdRequest, caller: Caller) -> pb.VolumeGetByIdResponse:
         self._store(request.volume_id)
@@ -161,19 +172,28 @@ class Volumes:
         self._store(request.volume_id)
         changed = self._copy_of(caller, request.volume_id, "commit()").commit()
         self.commits.append((str(caller.task_id), changed))
-        return pb.VolumeCommitResponse(skip_reload=True)
+        return pb.VolumeCommitResponse(skip_reload=self._versions[request.volume_id] == pb.VOLUME_FS_VERSION_V2)
 
     async def _reload(self, request: pb.VolumeReloadRequest, caller: Caller) -> Empty:
         self._store(request.volume_id)
         copy = self._copy_of(caller, request.volume_id, "reload()")
-        if self._open_files(str(caller.task_id)) & copy.files():
-            raise refuse(Status.FAILED_PRECONDITION, "there are open files preventing the operation")
+        if held := self._open_files(str(caller.task_id)) & copy.files():
+            names = ", ".join(sorted(name for _, name in held))
+            raise refuse(Status.FAILED_PRECONDITION, f"there are open files preventing the operation: {names}")
+        if self.reload_commits:
+            self.commits.append((str(caller.task_id), copy.commit()))
         copy.reload()
         return Empty()
 
     async def _list_files(self, request: pb.VolumeListFiles2Request, caller: Caller) -> AsyncIterator[pb.VolumeListFiles2Response]:
-        root, store = self._existing(request.volume_id, request.path), self._store(request.volume_id)
-        yield pb.VolumeListFiles2Response(entries=[_entry(path, store) for path in _listed(root, request.recursive)])
+        yield pb.VolumeListFiles2Response(entries=self._entries(request.volume_id, request.path, request.recursive))
+
+    async def _list_files_1(self, request: pb.VolumeListFilesRequest, caller: Caller) -> AsyncIterator[pb.VolumeListFilesResponse]:
+        yield pb.VolumeListFilesResponse(entries=self._entries(request.volume_id, request.path, request.recursive))
+
+    def _entries(self, volume_id: str, path: str, recursive: bool) -> list[pb.FileEntry]:
+        root, store = self._existing(volume_id, path), self._store(volume_id)
+        return [_entry(found, store) for found in _listed(root, recursive)]
 
     async def _get_file(self, request: pb.VolumeGetFile2Request, caller: Caller) -> pb.VolumeGetFile2Response:
         path = self._existing(request.volume_id, request.path)
@@ -183,9 +203,7 @@ class Volumes:
         return pb.VolumeGetFile2Response(get_urls=self._blobs.keep_blocks(data), size=len(data), start=0, len=len(data))
 
     async def _put_files(self, request: pb.VolumePutFiles2Request, caller: Caller) -> pb.VolumePutFiles2Response:
-        paths = [self._path(request.volume_id, file.path) for file in request.files]
-        if request.disallow_overwrite_existing_files and (there := next((path for path in paths if path.exists()), None)):
-            raise refuse(Status.ALREADY_EXISTS, f"{there.name} already exists")
+        paths = self._targets(request.volume_id, [file.path for file in request.files], request.disallow_overwrite_existing_files)
         missing = [
             pb.VolumePutFiles2Response.MissingBlock(file_index=i, block_index=j, put_url=f"{self._blobs.url}/block/{digest}")
             for i, file in enumerate(request.files)
@@ -197,6 +215,19 @@ class Volumes:
                 blocks = [self._blobs.blocks[block.contents_sha256.hex()].ljust(BLOCK, b"\0") for block in file.blocks]
                 write(path, b"".join(blocks)[: file.size])
         return pb.VolumePutFiles2Response(missing_blocks=missing)
+
+    async def _put_files_1(self, request: pb.VolumePutFilesRequest, caller: Caller) -> Empty:
+        names = [file.filename for file in request.files]
+        paths = self._targets(request.volume_id, names, request.disallow_overwrite_existing_files)
+        for path, file in zip(paths, request.files, strict=True):
+            write(path, self._mounts.content(file.sha256_hex))
+        return Empty()
+
+    def _targets(self, volume_id: str, names: list[str], new: bool) -> list[Path]:
+        paths = [self._path(volume_id, name) for name in names]
+        if new and (there := next((path for path in paths if path.exists()), None)):
+            raise refuse(Status.ALREADY_EXISTS, f"{there.name} already exists")
+        return paths
 
     async def _remove_file(self, request: pb.VolumeRemoveFile2Request, caller: Caller) -> Empty:
         path = self._existing(request.volume_id, request.path)
