@@ -123,7 +123,7 @@ class Settings(BaseSettings):
         300, ge=2, le=1200, description="How long an idle container is kept, and paid for; read by claas modal deploy."
     )
     modal_timeout_s: int = Field(1800, ge=10, le=86_400, description="How long a lesson may train before it is stopped.")
-    modal_start_timeout_s: int = Field(600, ge=1, description="How long a lesson may wait for a container before it is given up.")
+    modal_start_timeout_s: int = Field(600, ge=1, description="How long a lesson or reply may wait for a container before it is given up.")
     modal_prices: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {}, description="Dollars a second by the GPU's name, as a JSON object, in place of the list prices; shown in step records."
     )

@@ -38,7 +38,7 @@ class VllmPeer:
     """A vLLM: where it is, and how this service gets on with it.
 
     `policy`: how it makes room for a step. `folder`: where adapters are; None: their refs say it, and other services use it too.
-    `on_demand`: it starts when it is asked for something, and is paid for, so it is never asked just to see how it is.
+    `on_demand`: it starts when it is asked for something, and is paid for: requests wait for it, and nobody asks just to see how it is.
     """
 
     url: str
@@ -74,7 +74,7 @@ def vllm_on_modal(settings: Settings, url: str) -> VllmPeer:
         folder=None,
         max_adapters=settings.vllm_max_adapters,
         drain_timeout_s=settings.feedback_drain_timeout_s,
-        gate_timeout_s=settings.vllm_gate_timeout_s,
+        gate_timeout_s=settings.modal_start_timeout_s,
         on_demand=True,
     )
 
@@ -100,6 +100,7 @@ class VllmInference(InferenceBackend):
             gate_timeout_s=server.gate_timeout_s,
             adapters=self._adapters,
             look=self._look,
+            on_demand=server.on_demand,
         )
         self._tokenizer = tokenizer
         self._base_model = ""

@@ -74,6 +74,7 @@ class VllmControl:
         gate_timeout_s: float,
         adapters: VllmAdapters,
         look: Callable[[], Awaitable[None]],
+        on_demand: bool = False,
     ) -> None:
         self.state: State = "down"
         self.running = 0
@@ -87,6 +88,9 @@ class VllmControl:
         self._look = look
         self._too_little = math.inf
         """The least need that freeing the KV cache alone did not meet, of the vLLM that runs now."""
+        self._on_demand = on_demand
+        self._starting = False
+        """Whether the last look found none that answers yet, rather than one that does not serve us."""
         self._closing = False
         self._device = asyncio.Lock()
         self._changed = asyncio.Condition()
@@ -98,13 +102,19 @@ class VllmControl:
     async def admitted(self, *, background: bool = False) -> AsyncIterator[None]:
         """One request, from here to its end. Waits while an update has the device; `background` as long as it takes.
 
+        Where vLLM starts on demand, it also waits for one that starts, but for `background`, which can be done later.
+
         Raises BackendUnavailable if that is longer than the gate's time-out, or vLLM is down.
         """
         self.waiting += 1
         try:
             async with asyncio.timeout(None if background else self._gate_timeout_s):
-                await self._until(lambda: self._closing or self.state in ("serving", "down"))
+                await self._until(
+                    lambda: self._closing or self.state == "serving" or (self.state == "down" and not self._awaited(background))
+                )
         except TimeoutError:
+            if self.state == "down":
+                raise VllmDown(DOWN) from None
             raise BackendUnavailable("the model is learning, and the update takes long: try again", retry_after_s=RETRY_AFTER_S) from None
         finally:
             self.waiting -= 1
@@ -122,6 +132,9 @@ class VllmControl:
             self.running -= 1
             await self._tell()
 
+    def _awaited(self, background: bool) -> bool:
+        return self._on_demand and self._starting and not background
+
     # --- up and down ---
 
     async def begin(self) -> None:
@@ -133,6 +146,7 @@ class VllmControl:
             await self._repair()
         except BackendUnavailable as error:
             log.warning("%s", error.message)
+            self._starting = error.retry_after_s is not None
             self._keep_looking()
 
     async def lost(self) -> None:
@@ -143,6 +157,7 @@ class VllmControl:
             await self._http.ask("GET", "/health", timeout_s=HEALTH_TIMEOUT_S)
         except BackendUnavailable:
             if not self._device.locked():
+                self._starting = True
                 await self._become("down")
                 self._keep_looking()
 
@@ -189,6 +204,8 @@ class VllmControl:
                 if str(error) != told:
                     log.warning("vLLM is down: %s", error)
                 told = str(error)
+                self._starting = isinstance(error, BackendUnavailable) and error.retry_after_s is not None
+                await self._tell()
 
     # --- an update ---
 

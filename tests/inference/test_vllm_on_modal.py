@@ -105,7 +105,22 @@ async def test_how_it_is_costs_no_container(guard: Guarded, double: VllmDouble, 
         assert (await backend.health()).status == "unhealthy", "somebody did"
 
 
+async def test_a_first_request_waits_for_it_to_start(guard: Guarded, tiny_model: LoadedModel, tmp_path: Path) -> None:
+    """What can be done later does not: the service itself must not wait for a container to begin."""
+    await asyncio.to_thread(guard.kill)
+    async with services(guard, tiny_model) as (backend,):
+        with pytest.raises(BackendUnavailable):
+            await backend.activate(adapter_ref(tmp_path, tiny_model, seed=1))
+        first = asyncio.create_task(backend.complete(ask()))
+        await asyncio.sleep(0)
+        assert not await serves(backend)
+        await asyncio.to_thread(guard.start)
+        assert (await first).tokens
+
+
 async def test_a_wrong_key_says_what_to_set(guard: Guarded, tiny_model: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
     async with services(guard, tiny_model, key="wrong") as (backend,):
         assert not await serves(backend)
         assert "set VLLM_API_KEY" in caplog.text
+        with pytest.raises(BackendUnavailable):
+            await asyncio.wait_for(backend.complete(ask()), 10)
