@@ -93,6 +93,14 @@ def cloud(tmp_path: Path) -> Iterator[ModalDouble]:
         yield cloud
 
 
+@pytest.fixture(name="well", scope="module")
+def _well(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModalDouble]:
+    """With the app, deployed with VLLM_API_KEY, for tests that only look."""
+    with ModalDouble(tmp_path_factory.mktemp("modal")) as cloud:
+        deploy(cloud, VLLM_API_KEY="key")
+        yield cloud
+
+
 def test_what_is_deployed_is_what_is_declared(cloud: ModalDouble) -> None:
     said = deploy(cloud, CLAAS_MODAL_GPU="H100", CLAAS_MODAL_MAX_CONTAINERS="2", CLAAS_KEEP_VERSIONS="5")
     app = cloud.apps.deployed("claas")
@@ -236,13 +244,12 @@ def test_an_app_of_another_name_and_environment(cloud: ModalDouble) -> None:
     assert status(cloud)["deployed"] is None
 
 
-def test_doctor_finds_all_well(cloud: ModalDouble, tmp_path: Path) -> None:
-    key = shown_key(deploy(cloud))
-    found = doctor(cloud, tmp_path, VLLM_API_KEY=key or "")
+def test_doctor_finds_all_well(well: ModalDouble, tmp_path: Path) -> None:
+    found = doctor(well, tmp_path, VLLM_API_KEY="key")
     assert {status for status, _ in found.values()} == {"ok"}, found
     assert list(found) == ["modal price", "modal token", "modal app", "modal worker", "modal adapters", "modal vllm"]
     assert "Qwen_Qwen3-8B" in found["modal worker"][1]
-    assert not cloud.live_containers()
+    assert not well.live_containers()
 
 
 @pytest.mark.parametrize(
@@ -259,9 +266,8 @@ def test_doctor_finds_all_well(cloud: ModalDouble, tmp_path: Path) -> None:
         ({"MODAL_TOKEN_SECRET": "as-wrong"}, "modal token", "modal setup"),
     ],
 )
-def test_doctor_names_what_is_wrong(cloud: ModalDouble, tmp_path: Path, changes: dict[str, str], part: str, do: str) -> None:
-    deploy(cloud)
-    found = doctor(cloud, tmp_path, **{"VLLM_API_KEY": "key", **changes})
+def test_doctor_names_what_is_wrong(well: ModalDouble, tmp_path: Path, changes: dict[str, str], part: str, do: str) -> None:
+    found = doctor(well, tmp_path, **{"VLLM_API_KEY": "key", **changes})
     assert [name for name, (status, _) in found.items() if status != "ok"] == [part], found
     assert found[part][0] == "fail" and do in found[part][1]
 
@@ -281,7 +287,7 @@ def test_doctor_asks_a_vllm_that_runs(tmp_path: Path) -> None:
         assert status == "fail" and "VLLM_API_KEY" in told and "another" not in told
 
 
-def test_doctor_tells_a_gpu_without_a_price_and_a_modal_that_is_away(cloud: ModalDouble, tmp_path: Path) -> None:
-    found = doctor(cloud, tmp_path, CLAAS_MODAL_GPU="B9000", MODAL_SERVER_URL="http://127.0.0.1:9")
+def test_doctor_tells_a_gpu_without_a_price_and_a_modal_that_is_away(well: ModalDouble, tmp_path: Path) -> None:
+    found = doctor(well, tmp_path, CLAAS_MODAL_GPU="B9000", MODAL_SERVER_URL="http://127.0.0.1:9")
     assert found["modal price"] == ("warn", "no price is known of B9000: CLAAS_MODAL_PRICES sets it, dollars a second")
     assert found["modal"] == ("fail", UNREACHABLE)
