@@ -16,7 +16,7 @@ from modal_proto import api_pb2 as pb
 
 from claas.adapters.filesystem import FilesystemAdapterStore
 from claas.core.errors import BackendUnavailable, ClaasError, StepFailed
-from claas.core.types import ChatMessage, DistillBatchItem, DistillBatchRequestPayload, LoraInitRequest, TrainingConfig
+from claas.core.types import DistillBatchRequestPayload, LoraInitRequest
 from claas.training.engine.modal import ModalEngine
 from claas.training.engine.modal_calls import ModalCalls
 from claas.wiring_modal import open_modal
@@ -24,23 +24,15 @@ from tests.modal_server.processes import containers_possible
 from tests.modal_server.server import ModalDouble
 from tests.models.tiny import load_tiny_model
 from tests.on_modal.calls import NoLease
+from tests.on_modal.lessons import A, lesson
 from tests.on_modal.lossy import lose_answers
 from tests.on_modal.stage import APP, modal_settings
 
-A = "me/a"
 Make = Callable[..., ModalEngine]
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.skipif(not containers_possible(), reason="this machine lets nobody make namespaces"),
 ]
-
-
-def lesson(**training: float) -> DistillBatchRequestPayload:
-    item = DistillBatchItem(
-        prompt="Hello", response="x", feedback="Be kind.", response_logprobs=(-1.0, -1.0, -1.0),
-        messages=(ChatMessage(role="user", content="Hello"),), prompt_token_ids=(40, 41, 42), response_token_ids=(5, 6, 7),
-    )  # fmt: skip
-    return DistillBatchRequestPayload(lora_id=A, training=TrainingConfig.model_validate({"min_signal": 0.0} | training), samples=[item])
 
 
 @pytest.fixture(name="engine_of")

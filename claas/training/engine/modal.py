@@ -95,12 +95,14 @@ class ModalEngine(StoredEngine):
         price: Callable[[str], float | None],
         mount: PurePosixPath | None = None,
         allowed_base_models: tuple[str, ...] = (),
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(store, base, allowed_base_models)
         self._calls = calls
         self._lease = lease
         self._price = price
         self._mount = mount
+        self._now = now
         self._lessons: dict[str, _Lesson] = {}
         self._tasks: set[asyncio.Task[str]] = set()
         self._looked_at: dict[str, float] = {}
@@ -201,7 +203,7 @@ class ModalEngine(StoredEngine):
         known = self._latest.get(lora_id)
         if version is not None or known is None:
             return await super().lora_runtime_ref(lora_id, version)
-        age = time.monotonic() - self._looked_at[lora_id]
+        age = self._now() - self._looked_at[lora_id]
         if age < FRESH_S:
             return known
         if age > USABLE_S:
@@ -211,7 +213,7 @@ class ModalEngine(StoredEngine):
         return known
 
     async def _look(self, lora_id: str) -> LoraRuntimeRef:
-        now = time.monotonic()
+        now = self._now()
         try:
             found = await super()._look(lora_id)
         except NotFound:
