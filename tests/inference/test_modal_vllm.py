@@ -37,7 +37,18 @@ http.server.HTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Han
 
 def as_the_script_says(model: str) -> tuple[set[str], list[str]]:
     """Variables and words of a dry run for a GPU."""
-    script = ["sh", str(ROOT / "scripts" / "start-vllm"), "--cuda", "--dry-run", "--model", model, "--port", "8123", "--max-cpu-loras", "64"]
+    script = [
+        "sh",
+        str(ROOT / "scripts" / "start-vllm"),
+        "--cuda",
+        "--dry-run",
+        "--model",
+        model,
+        "--port",
+        "8123",
+        "--max-cpu-loras",
+        "64",
+    ]
     words = shlex.split(subprocess.run(script, capture_output=True, text=True, timeout=60, check=True).stdout)
     assert words.pop(0) == "env"
     variables = list(takewhile(lambda word: word.isupper() or "=" in word, words))
