@@ -75,6 +75,8 @@ def read_lora(folder: Path, name: str, *, device: torch.device, dtype: torch.dty
         scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
         a_IR = a_RI.t().to(device, dtype).contiguous()
         b_RO = (b_OR.float() * scaling).t().to(device, dtype).contiguous()
+        if not (a_IR.isfinite().all() and b_RO.isfinite().all()):
+            raise BadRequest(f"adapter version {name!r} has weights too large to compute with, so it cannot be served", param="model")
         layers[layer] = (a_IR, b_RO)
     return LoraWeights(name, layers)
 
@@ -164,11 +166,11 @@ def _side_by_side(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def _mask(rows: Sequence[LoraWeights | None], active: Sequence[LoraWeights], pack: _Pack, n_tokens: int) -> Tensor:
-    """(N, R): 1 where a token's row carries the adapter that a column belongs to."""
+    """(N, R): whether a column belongs to an adapter that a token's row does not carry."""
     place = {weights: i for i, weights in enumerate(active)}
     carried_B = torch.tensor([-1 if w is None else place.get(w, -1) for w in rows])
     owner_R = torch.repeat_interleave(torch.arange(len(active)), torch.tensor(pack.ranks))
-    return (carried_B.repeat_interleave(n_tokens)[:, None] == owner_R[None]).to(pack.a_IR.device, pack.a_IR.dtype)
+    return (carried_B.repeat_interleave(n_tokens)[:, None] != owner_R[None]).to(pack.a_IR.device)
 
 
 class LoraLinear(nn.Linear):
@@ -194,7 +196,7 @@ class LoraLinear(nn.Linear):
             return y
         h_NR = x.reshape(-1, self.in_features).to(pack.a_IR.dtype).mm(pack.a_IR)
         if self._mask_NR is not None:
-            h_NR.mul_(self._mask_NR)
+            h_NR.masked_fill_(self._mask_NR, 0.0)  # not a product: another's huge matrix may have made infinity of it
         y_NO = y.view(-1, self.out_features)
         if y.dtype == pack.b_RO.dtype:
             y_NO.addmm_(h_NR, pack.b_RO)

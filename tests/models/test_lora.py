@@ -140,3 +140,8 @@ def test_an_adapter_of_another_shape_is_refused(tiny_model: LoadedModel, tmp_pat
     for layers in ({"model.layers.7.mlp.up_proj": (a_IR, b_RO)}, {name: (a_IR[:-1], b_RO)}, {name: (a_IR, b_RO[:, :-1])}):
         with pytest.raises(BadRequest, match="does not fit the base model"):
             switch.check(LoraWeights("other", layers))
+
+
+def test_weights_that_overflow_with_their_scaling_are_refused(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="too large to compute with"):
+        read(write_adapter(tmp_path, tiny_model, seed=1, alpha=10_000, scale=1e37))
