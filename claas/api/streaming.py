@@ -85,14 +85,18 @@ class Answer(Response):
             return  # how some servers say that the client left
 
     async def _body(self, replies: Replies) -> AsyncGenerator[bytes]:
-        """Events that are there at once go out at once, in one piece."""
+        """Events that are there at once go out at once, in one piece: the closing with the last token."""
         try:
             if opening := _framed(self._wording.opening()):
                 yield opening
+            unsent: list[bytes] = []
+            unfinished = self._ask.n
             async for sampled in replies:
-                if piece := _framed(event for index, chunk in sampled for event in self._wording.pieces(index, chunk)):
-                    yield piece
-            yield _framed([*self._wording.closing(replies), b"[DONE]"])
+                unsent = [event for index, chunk in sampled for event in self._wording.pieces(index, chunk)]
+                unfinished -= sum(chunk.finish_reason is not None for _, chunk in sampled)
+                if unsent and unfinished:
+                    yield _framed(unsent)
+            yield _framed([*unsent, *self._wording.closing(replies), b"[DONE]"])
         except ClaasError as error:
             yield _framed([body_of(error).model_dump_json().encode()])
         except Exception:

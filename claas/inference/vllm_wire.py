@@ -6,11 +6,11 @@ Both are kept and must agree, whatever a tool or reasoning parser made of the te
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import JsonValue
+from pydantic_core import from_json
 from transformers import PreTrainedTokenizerBase
 
 from claas.core.errors import BackendUnavailable
@@ -80,7 +80,7 @@ class EventReader:
 
     def read(self, data: bytes) -> GenerationChunk | None:
         """What the event adds; None for one that adds nothing. Raises what an error event says, BackendUnavailable for unequal ids."""
-        event = json.loads(data)
+        event = from_json(data)
         if "error" in event:
             code = event["error"].get("code")
             raise error_of(code if isinstance(code, int) and code >= 400 else 500, data)
@@ -95,23 +95,24 @@ class EventReader:
             raise BackendUnavailable("vLLM's token ids and logprobs do not match: start it with a version that CLaaS knows (0.31 or newer)")
         delta = choice.get("delta", choice)
         text, reasoning = delta.get("text") or delta.get("content") or "", delta.get("reasoning") or ""
-        finish = choice["finish_reason"]
-        if not (tokens or text or reasoning or finish or delta.get("tool_calls")):
+        calls, finish = delta.get("tool_calls"), choice["finish_reason"]
+        if not (tokens or text or reasoning or finish or calls):
             return None
         return GenerationChunk(
             text=text,
             tokens=tokens,
             finish_reason=None if finish is None else _FINISHED.get(finish, "abort"),
             reasoning=reasoning,
-            tool_calls=tuple(_tool_call(call) for call in delta.get("tool_calls") or ()),
+            tool_calls=tuple(map(_tool_call, calls)) if calls else (),
         )
 
     def _chat_tokens(self, choice: Mapping[str, Any]) -> tuple[SampledToken, ...]:
-        entries = (choice.get("logprobs") or {}).get("content") or ()
-        return tuple(
-            SampledToken(_id(entry["token"]), entry["logprob"], self._best((top["token"], top["logprob"]) for top in entry["top_logprobs"]))
-            for entry in entries
-        )
+        logprobs = choice.get("logprobs")
+        return tuple([self._chat_token(entry) for entry in logprobs["content"] or ()]) if logprobs else ()
+
+    def _chat_token(self, entry: Mapping[str, Any]) -> SampledToken:
+        best = self._best((top["token"], top["logprob"]) for top in entry["top_logprobs"]) if self._top_logprobs else ()
+        return SampledToken(_id(entry["token"]), entry["logprob"], best)
 
     def _text_tokens(self, choice: Mapping[str, Any]) -> tuple[SampledToken, ...]:
         logprobs = choice["logprobs"]
@@ -122,8 +123,6 @@ class EventReader:
 
     def _best(self, top: Iterable[tuple[str, float]]) -> tuple[tuple[int, float], ...]:
         """Best first; vLLM adds the sampled token where it is not among them."""
-        if not self._top_logprobs:
-            return ()
         ordered = sorted(((_id(token), logprob) for token, logprob in top), key=lambda pair: -pair[1])
         return tuple(ordered[: self._top_logprobs])
 

@@ -10,9 +10,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from starlette.types import Message
 
+from claas.api.formats import ChatFormat
+from claas.api.serving import Ask
+from claas.api.streaming import Answer
 from claas.core.errors import StorageFull
-from claas.core.types import Rollout
+from claas.core.types import ChatMessage, Rollout, SamplingParams
 from tests.api.wire import CHAT, HELLO, assert_error, events
 from tests.doubles.inference import EOS_TEXT, Steps
 from tests.doubles.services import ADAPTER, World
@@ -67,6 +71,25 @@ async def test_each_token_is_sent_when_it_is_sampled(socket_client: httpx.AsyncC
         assert isinstance(finish, dict)
         assert finish["choices"][0]["finish_reason"] == "stop"
         assert finish["id"] in world.rollouts.kept  # before the stream has ended, its reply takes feedback
+
+
+async def test_the_end_of_a_stream_is_sent_with_its_last_token(world: World) -> None:
+    """Each piece is a system call: where many streams get their tokens at one moment, the last of them waits for all the others'."""
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        stays: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        return await stays
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    ask = Ask(model=ADAPTER, sampling=SamplingParams(max_tokens=40), messages=(ChatMessage(role="user", content="Hello"),))
+    wording = ChatFormat(ask, world.inference.token_text, logprobs=False, include_usage=True)
+    await Answer(world.services, ask, wording, stream=True)({"type": "http"}, receive, send)
+    *_, last, end = [message["body"] for message in sent if message["type"] == "http.response.body"]
+    assert b'"finish_reason":"stop"' in last and b'"usage":{' in last and last.endswith(b"data: [DONE]\n\n")
+    assert end == b""
 
 
 async def test_usage_comes_last_and_only_if_asked_for(socket_client: httpx.AsyncClient) -> None:
