@@ -15,13 +15,13 @@ INTERRUPTED = "the service stopped during the lesson, and nothing of it was kept
 async def recover(engine: TrainingEngine, feedback: FeedbackStore, journal: Journal) -> list[str]:
     """Settle interrupted lessons; returns a line for each. Called once, before anything is served.
 
-    A lesson whose version serves, itself or in a later one that was trained from it, is finished: only its record was missing. One whose
-    version was written but never served is forgotten, and the version with it.
+    A lesson whose version already serves, or was gone on from, is finished: only its journal line was missing. One whose version was
+    written but never served is forgotten, and the version with it.
     """
     lines = []
     for row in [*await feedback.in_state("queued"), *await feedback.in_state("training")]:
         version = await _version_of(engine, row)
-        if version is not None and version.version in await _served(engine, row.lora_id):
+        if version is not None and await _has_served(engine, version):
             if await journal.by_request(row.request_id) is None:
                 await journal.record(_step(row, version), version_record=version)
             await feedback.set_state((row.id,), "applied", version=version.version)
@@ -41,15 +41,13 @@ async def _version_of(engine: TrainingEngine, row: Feedback) -> AdapterVersion |
     return next((v for v in await engine.versions(row.lora_id) if row.id in v.feedback_ids), None)
 
 
-async def _served(engine: TrainingEngine, lora_id: str) -> set[int]:
-    """The version that serves, and all that it came from."""
-    parents = {version.version: version.parent for version in await engine.versions(lora_id)}
-    served: set[int] = set()
-    number: int | None = (await engine.lora_runtime_ref(lora_id)).version
-    while number is not None:
-        served.add(number)
+async def _has_served(engine: TrainingEngine, version: AdapterVersion) -> bool:
+    """Whether it is the latest version, or one that the latest goes on from: another service may have taught since."""
+    parents = {v.version: v.parent for v in await engine.versions(version.lora_id)}
+    number: int | None = (await engine.lora_runtime_ref(version.lora_id)).version
+    while number is not None and number != version.version:
         number = parents.get(number)
-    return served
+    return number is not None
 
 
 def _step(row: Feedback, version: AdapterVersion) -> StepRecord:

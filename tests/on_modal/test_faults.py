@@ -25,7 +25,6 @@ from tests.modal_server.server import ModalDouble
 from tests.models.tiny import load_tiny_model
 from tests.on_modal.calls import NoLease
 from tests.on_modal.lessons import A, lesson
-from tests.on_modal.lossy import lose_answers
 from tests.on_modal.stage import APP, modal_settings
 
 Make = Callable[..., ModalEngine]
@@ -154,13 +153,13 @@ async def test_answers_that_get_lost_are_asked_for_again(modal_double: ModalDoub
     async with service(tiny_model_dir, tmp_path) as engine:
         for _ in range(2):
             await engine.distill(lesson())
-        lose_answers(modal_double, "VolumePutFiles2", 5)
+        modal_double.faults.lose_answer("VolumePutFiles2", 5)
         await engine.promote(A, 1)
         assert (await engine.lora_runtime_ref(A)).version == 1
-        lose_answers(modal_double, "VolumeRemoveFile2", 5)
+        modal_double.faults.lose_answer("VolumeRemoveFile2", 5)
         await engine.discard(A, 2)
         assert [version.version for version in await engine.versions(A)] == [0, 1]
-        lose_answers(modal_double, "VolumeRemoveFile2", 5)
+        modal_double.faults.lose_answer("VolumeRemoveFile2", 5)
         assert (await engine.delete_lora(A)).deleted
         assert not (await engine.lora_exists(A)).exists
 

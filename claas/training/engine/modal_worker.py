@@ -122,7 +122,7 @@ class Worker:
 
 
 def _on_host(settings: Settings) -> dict[str, str]:
-    """How the base model is loaded where there is no GPU yet: as it will be trained, but with an attention that runs on a CPU."""
+    """How the base model is loaded where there is no GPU yet: in the type that it will be trained in."""
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "float32" if settings.modal_gpu.upper() in WITHOUT_BFLOAT16 else "bfloat16"
