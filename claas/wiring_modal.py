@@ -83,9 +83,12 @@ def _engine(settings: Settings, base: BaseModel, in_use: InUse, mount: PurePosix
     from claas.adapters.modal_volume import ModalVolumeStore
     from claas.training.engine.modal import ModalEngine
     from claas.training.engine.modal_calls import ModalCalls
+    from claas.training.engine.modal_wire import VOLUME_VERSION
 
     where = settings.modal_environment
-    volume = modal.Volume.from_name(f"{settings.modal_app}-adapters", environment_name=where, create_if_missing=True)
+    volume = modal.Volume.from_name(
+        f"{settings.modal_app}-adapters", environment_name=where, create_if_missing=True, version=VOLUME_VERSION
+    )
     leases = modal.Dict.from_name(f"{settings.modal_app}-leases", environment_name=where, create_if_missing=True)
     store = ModalVolumeStore(volume, settings.data_dir / CACHE, keep_versions=settings.keep_versions, in_use=in_use)
     for line in store.recover():

@@ -27,6 +27,7 @@ LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 CONFIG_VARIABLE = "CLAAS_CONFIG"
 TINKER_BASE_MODEL = "Qwen/Qwen3-30B-A3B"
 MODAL_BASE_MODEL = "Qwen/Qwen3-8B"
+MODAL_BASE_MODEL_FLAGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3")
 TINKER_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
 SECRETS = ("tinker_api_key",)  # from the environment only
 APP_NAME = r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,47}$"  # leaves room for the names of its Volume and its Dict, at most 64 long
@@ -120,6 +121,11 @@ class Settings(BaseSettings):
         "vllm", description="Who answers in modal mode: a vLLM in the app, or the embedded model in the service itself."
     )
     modal_vllm_gpu: str = Field("L40S", min_length=1, description="GPU of the app's vLLM; read by claas modal deploy.")
+    modal_vllm_flags: tuple[str, ...] | None = Field(
+        None,
+        description="More flags of the app's vLLM, as a JSON list, such as its tool and reasoning parsers. Unset: those of Qwen3 for the "
+        "default model, none for others; read by claas modal deploy.",
+    )
     modal_max_containers: int = Field(
         4, ge=1, description="Lessons, of different adapters, that are trained at the same time; read by claas modal deploy."
     )
@@ -242,6 +248,13 @@ class Settings(BaseSettings):
         if self.base_model_id is None and self.modal_serving == "vllm":
             return MODAL_BASE_MODEL
         return self.base_model_id
+
+    @property
+    def modal_flags(self) -> tuple[str, ...]:
+        """What the app's vLLM is told beside what CLaaS needs: which parsers suit the model, first of all."""
+        if self.modal_vllm_flags is None and self.modal_base_model == MODAL_BASE_MODEL:
+            return MODAL_BASE_MODEL_FLAGS
+        return self.modal_vllm_flags or ()
 
     @property
     def adapters_dir(self) -> Path:

@@ -9,7 +9,7 @@ import logging
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -19,13 +19,17 @@ STOP_TIMEOUT_S = 10.0
 log = logging.getLogger(__name__)
 
 
-def vllm_command(model: str, port: int, *, max_cpu_loras: int) -> list[str]:
-    """`model` is a hub id or a folder. `max_cpu_loras` adapters are kept in host memory, so that their files are read once."""
+def vllm_command(model: str, port: int, *, max_cpu_loras: int, flags: Sequence[str] = ()) -> list[str]:
+    """`model` is a hub id or a folder. `max_cpu_loras` adapters are kept in host memory, so that their files are read once.
+
+    `flags` are the operator's own.
+    """
     name = Path(model).resolve().name if Path(model).is_dir() else model
     return [
         *("vllm", "serve", model, "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"),
         *("--enable-lora", "--max-loras", str(MAX_LORAS), "--max-cpu-loras", str(max(max_cpu_loras, MAX_LORAS))),
         *("--max-lora-rank", str(MAX_LORA_RANK), "--lora-target-modules", *TARGETS, "--max-logprobs", str(MAX_LOGPROBS)),
+        *flags,
     ]
 
 
@@ -41,13 +45,16 @@ class VllmProcess:
     `gone` is called, in a thread, when it ends without having been stopped.
     """
 
-    def __init__(self, model: str, environment: Mapping[str, str], *, max_cpu_loras: int, gone: Callable[[], None]) -> None:
+    def __init__(
+        self, model: str, environment: Mapping[str, str], *, max_cpu_loras: int, gone: Callable[[], None], flags: Sequence[str] = ()
+    ) -> None:
         port = _free_port()
+        command = vllm_command(model, port, max_cpu_loras=max_cpu_loras, flags=flags)
         self.url = f"http://127.0.0.1:{port}"
         self._gone = gone
         self._stopping = False
         self._process = subprocess.Popen(  # noqa: S603 - our own words, and the operator's model
-            vllm_command(model, port, max_cpu_loras=max_cpu_loras), env=vllm_environment(environment), stdin=subprocess.DEVNULL
+            command, env=vllm_environment(environment), stdin=subprocess.DEVNULL
         )
         self._watch = threading.Thread(target=self._await_end, name="claas-vllm-watch", daemon=True)
         self._watch.start()

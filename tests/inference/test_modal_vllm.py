@@ -92,10 +92,11 @@ def get(vllm: VllmProcess, path: str) -> httpx.Response:
 @pytest.mark.integration
 def test_it_runs_until_it_is_stopped(environment: dict[str, str]) -> None:
     gone = threading.Event()
-    vllm = VllmProcess("a/b", environment, max_cpu_loras=8, gone=gone.set)
+    vllm = VllmProcess("a/b", environment, max_cpu_loras=8, gone=gone.set, flags=("--reasoning-parser", "mine"))
     told = json.loads(get(vllm, "/").content)
     assert told["words"][:2] == ["serve", "a/b"] and vllm.url.endswith(told["words"][told["words"].index("--port") + 1])
     assert "secret-key" not in str(told) and told["environment"]["HF_HOME"] == "/models/hub"
+    assert told["words"][-2:] == ["--reasoning-parser", "mine"]
     assert vllm.alive()
     vllm.stop()
     assert not vllm.alive() and not gone.is_set(), "that was meant"

@@ -155,3 +155,10 @@ def test_no_package_is_missing() -> None:
 
 def _name(requirement: str) -> str:
     return requirement.partition("=")[0].partition(">")[0].partition("[")[0]
+
+
+def test_vllm_is_told_the_parsers_of_the_default_model_and_of_no_other() -> None:
+    assert "hermes" in Settings(distill_execution_mode="modal").modal_flags
+    assert Settings(distill_execution_mode="modal", base_model_id="a/b").modal_flags == ()
+    assert Settings(distill_execution_mode="modal", base_model_id="a/b", modal_vllm_flags=("--x",)).modal_flags == ("--x",)
+    assert Settings(distill_execution_mode="modal", modal_vllm_flags=()).modal_flags == ()

@@ -16,7 +16,7 @@ import modal
 from claas.core.errors import ConfigurationError
 from claas.core.settings import load_settings
 from claas.training.engine.modal_image import vllm_image, worker_image
-from claas.training.engine.modal_wire import tags_of
+from claas.training.engine.modal_wire import VOLUME_VERSION, tags_of
 
 KEY_VARIABLE = "VLLM_API_KEY"
 REQUESTS_AT_ONCE = 256
@@ -26,8 +26,10 @@ SERVICES = 2
 log = logging.getLogger(__name__)
 settings = load_settings(distill_execution_mode="modal")
 environment = settings.modal_environment
-adapters = modal.Volume.from_name(f"{settings.modal_app}-adapters", environment_name=environment, create_if_missing=True)
-models = modal.Volume.from_name(f"{settings.modal_app}-models", environment_name=environment, create_if_missing=True)
+adapters, models = (
+    modal.Volume.from_name(f"{settings.modal_app}-{kept}", environment_name=environment, create_if_missing=True, version=VOLUME_VERSION)
+    for kept in ("adapters", "models")
+)
 leases = modal.Dict.from_name(f"{settings.modal_app}-leases", environment_name=environment, create_if_missing=True)
 secrets = [modal.Secret.from_name(name, environment_name=environment) for name in settings.modal_secrets]
 ADAPTERS, MODELS = settings.modal_volume_path, settings.modal_models_path
@@ -102,8 +104,13 @@ if settings.modal_serving == "vllm":
             from claas.inference.modal_vllm import VllmProcess
 
             assert settings.modal_base_model is not None
-            adapters_kept = SERVICES * settings.vllm_max_adapters
-            self._vllm = VllmProcess(settings.modal_base_model, os.environ, max_cpu_loras=adapters_kept, gone=_end_container)
+            self._vllm = VllmProcess(
+                settings.modal_base_model,
+                os.environ,
+                max_cpu_loras=SERVICES * settings.vllm_max_adapters,
+                gone=_end_container,
+                flags=settings.modal_flags,
+            )
 
         @modal.asgi_app()
         def web(self) -> object:
