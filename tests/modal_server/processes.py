@@ -19,7 +19,9 @@ _ISOLATED = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-p
 
 
 def containers_possible() -> bool:
-    """Whether this machine lets us make namespaces."""
+    """Whether this machine lets us make namespaces. That of continuous integration must: there nothing is skipped."""
+    if "CI" in os.environ:
+        return True
     try:
         return subprocess.run([*_ISOLATED, "true"], capture_output=True, check=False, timeout=30).returncode == 0
     except FileNotFoundError:
