@@ -38,6 +38,7 @@ from claas.wiring_modal import open_modal
 from tests.doubles.engine import NO_EFFECT, MemoryEngine
 from tests.doubles.tinker_faults import CLOUD, SKYRL, Ways
 from tests.doubles.tinker_server import TinkerDouble
+from tests.modal_server.server import ModalDouble
 from tests.models.tiny import load_tiny_model
 from tests.on_modal.calls import LocalCalls, NoLease, app_of
 from tests.on_modal.stage import APP, modal_settings
@@ -190,8 +191,8 @@ async def modal_local(model: LoadedModel, folder: Path) -> AsyncIterator[Trained
 
 
 @asynccontextmanager
-async def on_modal(model: LoadedModel, folder: Path) -> AsyncIterator[Trained]:
-    """Lessons of containers, through the true SDK: the app is deployed on the double that this process calls."""
+async def on_modal(server: ModalDouble, model: LoadedModel, folder: Path) -> AsyncIterator[Trained]:
+    """Lessons of containers, through the true SDK: the app is deployed on `server`, which this process calls."""
     engine, inference, base_id = await open_modal(modal_settings(folder, Path(model.path), keep_versions=KEEP), progress=False)
     volume = modal.Volume.from_name(f"{APP}-adapters")
 
@@ -202,6 +203,7 @@ async def on_modal(model: LoadedModel, folder: Path) -> AsyncIterator[Trained]:
             batch.put_file(io.BytesIO(bytes(size)), path)
 
     async def busy() -> None:
+        server.faults.delay("VolumeReload", 4.0, times=20)  # a lesson looks at the Volume before it trains
         while "training" not in str((await engine.health()).detail["lessons"]):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -209,6 +211,7 @@ async def on_modal(model: LoadedModel, folder: Path) -> AsyncIterator[Trained]:
         prompt = render(model.tokenizer, MESSAGES, {})
         yield Trained(engine, base_id, OTHERWISE.__getitem__, _changes_something, _for_a_taller_model, breaks, busy, prompt)
     finally:
+        server.faults.clear()
         for lora_id in (await engine.list_loras()).loras:
             await engine.delete_lora(lora_id)
         await inference.aclose()
@@ -258,6 +261,5 @@ ENGINES = {
     "tinker": tinker,
     "tinker-own": tinker_of_ones_own,
     "modal-local": modal_local,
-    "modal": on_modal,
     "double": double,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,18 +16,18 @@ from claas.core.types import (
     TrainingConfig,
 )
 from claas.models.base_model import LoadedModel
-from tests.contracts.engines import CONFIG, ENGINES, WEIGHTS, A, B, Trained
+from tests.contracts.engines import CONFIG, ENGINES, WEIGHTS, A, B, Trained, on_modal
 
-ALL = [pytest.param(name, marks=pytest.mark.integration) if name == "modal" else name for name in ENGINES]
+MODAL = "modal"  # containers: slow
+ALL = [*ENGINES, pytest.param(MODAL, marks=pytest.mark.integration)]
 TAKING_WEIGHTS = [name for name in ALL if name not in ("tinker", "tinker-own")]  # docs/tinker.md: not supported there
 
 
 @pytest.fixture(params=ALL)
 async def trained(request: pytest.FixtureRequest, tiny_model: LoadedModel, tmp_path: Path) -> AsyncIterator[Trained]:
     """An engine with one adapter, `A`."""
-    if request.param == "modal":
-        request.getfixturevalue("modal_double")
-    async with ENGINES[request.param](tiny_model, tmp_path) as made:
+    opening = partial(on_modal, request.getfixturevalue("modal_double")) if request.param == MODAL else ENGINES[request.param]
+    async with opening(tiny_model, tmp_path) as made:
         await made.engine.init_lora(LoraInitRequest(lora_id=A))
         yield made
 

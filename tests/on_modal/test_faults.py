@@ -138,6 +138,7 @@ async def test_an_error_of_ours_comes_back_as_what_it_was(modal_double: ModalDou
 
 async def test_a_lesson_that_nobody_waits_for_frees_its_container(modal_double: ModalDouble, tiny_model_dir: Path, tmp_path: Path) -> None:
     async with service(tiny_model_dir, tmp_path) as engine:
+        modal_double.faults.delay("VolumeReload", 4.0, times=20)  # a lesson looks at the Volume before it trains
         teaching = asyncio.create_task(engine.distill(lesson(gradient_steps=64)))
         await until(lambda: bool(modal_double.live_containers(APP)))
         await until_training(engine)
@@ -145,6 +146,7 @@ async def test_a_lesson_that_nobody_waits_for_frees_its_container(modal_double: 
         with pytest.raises(asyncio.CancelledError):
             await teaching
         await until(lambda: not modal_double.live_containers(APP))
+        modal_double.faults.clear()
         assert [version.version for version in await engine.versions(A)] == [0]
 
 

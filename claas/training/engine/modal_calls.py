@@ -26,6 +26,8 @@ from claas.training.engine.modal_wire import GIVEN_UP, sign_of
 
 WORKER = "DistillWorker"
 POLL_S = 5.0
+LOOK_S = 1.0
+"""How often it is asked whether the lesson has begun."""
 RETRY_S = 2.0
 PATIENCE_S = 300.0
 """How long Modal may be out of reach while a lesson is under way there."""
@@ -173,7 +175,7 @@ class _Wait:
             await self._look()
 
     def _poll_s(self) -> float:
-        return max(0.1, min(POLL_S, self._limit_s() - (time.monotonic() - self._since)))
+        return max(0.1, min(LOOK_S if self._begun is None else POLL_S, self._limit_s() - (time.monotonic() - self._since)))
 
     def _limit_s(self) -> float:
         start, training = self._calls.timeouts_s
