@@ -112,7 +112,7 @@ def init(*words: object, **environment: str) -> subprocess.CompletedProcess[str]
 @pytest.fixture
 def volumes(tmp_path: Path) -> Path:
     """A folder that another user may enter, which pytest's own may not."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    for folder in (tmp_path, *tmp_path.parents[:3]):  # a worker of pytest-xdist has one more of its own
         if folder.owner() == Path.home().owner():
             folder.chmod(folder.stat().st_mode | stat.S_IXOTH)
     return tmp_path
