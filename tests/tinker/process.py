@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -95,7 +97,7 @@ class RealTinker:
             "JAX_PLATFORMS": "cpu",
             "HF_HUB_OFFLINE": "1",
             # What was compiled once is found by the next server, and by the next run of the tests.
-            "JAX_COMPILATION_CACHE_DIR": str(Path(platformdirs.user_cache_dir("claas")) / "tinker-compiled"),
+            "JAX_COMPILATION_CACHE_DIR": str(Path(platformdirs.user_cache_dir("claas")) / "tinker-compiled" / _processor()),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true",  # compiles in half the time, and computes as fast
         }
@@ -104,6 +106,14 @@ class RealTinker:
         if self._process is not None:
             with suppress(ProcessLookupError):  # all of it has ended
                 os.killpg(self._process.pid, number)
+
+
+def _processor() -> str:
+    """Tells apart processors of other abilities: what was compiled for one may not run on another."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.is_file() else []
+    abilities = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return hashlib.sha256("\n".join([platform.machine(), platform.processor(), *abilities]).encode()).hexdigest()[:16]
 
 
 def _in_float32(model_dir: Path, folder: Path) -> None:
