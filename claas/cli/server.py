@@ -30,6 +30,7 @@ from claas.services import Services
 OpenServices = Callable[[Settings], AbstractAsyncContextManager[Services]]
 GRACE_S = 3  # what open replies get to end by themselves
 LAST_RESORT_S = 15  # then requests are cancelled
+KEEPALIVE_S = 75  # longer than clients keep an idle connection: httpx keeps it for 5 s, and would lose a request that meets uvicorn's own 5 s
 
 
 class Server(uvicorn.Server):
@@ -106,6 +107,7 @@ def run(
                 access_log=verbose,
                 lifespan="on",
                 timeout_graceful_shutdown=LAST_RESORT_S,
+                timeout_keep_alive=KEEPALIVE_S,
                 server_header=False,
             )
             server = Server(config, services, lambda: on_ready(server, services))

@@ -42,6 +42,7 @@ MAX_BODY_BYTES = 64 * 2**20
 RETRY_AFTER_S = 5
 LOOK_AGAIN_S = 0.25
 HEALTH_TIMEOUT_S = 5.0
+KEEPALIVE_S = 3.0  # shorter than vLLM's own, so that it never closes a connection that is about to be used
 RELOAD_TRIES_S = (0.2, 0.5, 1.0, 2.0)  # a Volume is not reloaded while a file of it is open: vLLM may be reading another version
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class Guard:
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
         async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=HEALTH_TIMEOUT_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,

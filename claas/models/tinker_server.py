@@ -67,7 +67,10 @@ class TinkerServer:
         self.timeout_s = timeout_s
         self._patience_s = patience_s
         self._prices = prices or {}
-        self._http = httpx.AsyncClient(base_url=base_url, headers={"X-API-Key": api_key}, timeout=SIGN_OF_LIFE_S)
+        # No connection is kept: many a server closes an idle one after those very 5 s, and a call lost to that would be taken for silence.
+        self._http = httpx.AsyncClient(
+            base_url=base_url, headers={"X-API-Key": api_key}, timeout=SIGN_OF_LIFE_S, limits=httpx.Limits(max_keepalive_connections=0)
+        )
         self._service: tinker.ServiceClient | None = None
         self._rest: RestClient | None = None
         self._opening, self._asking = asyncio.Lock(), asyncio.Lock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import http.client
 import json
 import signal
 import socket
@@ -123,6 +124,16 @@ async def test_streamed_tokens_leave_at_once() -> None:
         _, writer = await asyncio.open_connection(*sock.getsockname())
         assert await undelayed != 0
         writer.close()
+
+
+@pytest.mark.integration
+def test_a_connection_that_idles_is_kept_for_longer_than_clients_keep_it(live: Live) -> None:
+    connection = http.client.HTTPConnection(live.url.removeprefix("http://"))  # which connects again only when told that the server closes
+    for pause in (0, 6):
+        time.sleep(pause)
+        connection.request("GET", "/v1/health")
+        assert connection.getresponse().read()
+    connection.close()
 
 
 async def test_the_hint_speaks_of_what_is_served(tmp_path: Path) -> None:
