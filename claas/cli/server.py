@@ -30,7 +30,7 @@ from claas.services import Services
 OpenServices = Callable[[Settings], AbstractAsyncContextManager[Services]]
 GRACE_S = 3  # what open replies get to end by themselves
 LAST_RESORT_S = 15  # then requests are cancelled
-KEEPALIVE_S = 75  # longer than clients keep an idle connection: httpx keeps it for 5 s, and would lose a request that meets uvicorn's own 5 s
+KEEPALIVE_S = 75  # longer than clients do: httpx keeps an idle connection for 5 s, and uvicorn would close it just then
 
 
 class Server(uvicorn.Server):
