@@ -137,6 +137,8 @@ class TrainingConfig(Frozen):
     hindsight_keep: how many of them, of the whole lesson, are taught at most: those that the feedback lifts most.
     hindsight_max_tokens, hindsight_temperature: how those are sampled.
     min_lift: mean log-likelihood gain, in nats a token, that the feedback must give a rollout for it to be taught.
+    imagined_prompts: other user messages that the feedback is about, imagined by the base model, taught beside a lesson's own: how many at
+        most, of the whole lesson.
     own_replies: teach the reply itself beside its hindsight rollouts; False teaches it only where none were asked for.
     anchors: replies of the base model to unrelated prompts that the lesson must leave as they are.
     replay: samples of the adapter's earlier lessons that are rehearsed beside the new one, each judged with its own feedback in view.
@@ -164,6 +166,7 @@ class TrainingConfig(Frozen):
     hindsight_max_tokens: int = Field(default=256, ge=8, le=4096)
     hindsight_temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     min_lift: float = 0.0
+    imagined_prompts: int = Field(default=0, ge=0, le=64)
     own_replies: bool = True
     anchors: int = Field(default=0, ge=0, le=48)
     replay: int = Field(default=0, ge=0, le=64)
@@ -187,6 +190,7 @@ class DistillBatchItem(Frozen):
     `feedback` may be empty; `demonstration` is the reply the user wanted, which the teacher is shown. `book` holds other lessons' feedback,
     oldest first, which a `book` teacher reads before this one's.
     `version` is whose distribution `response_logprobs` are of; None where that is nobody's.
+    `imagined`: the last user message is the base model's, not the user's.
     A sample that is not `taught` has no loss: its logprob before and after the lesson is reported. One that is `replayed` belongs to an
     earlier lesson, whose feedback it carries.
     """
@@ -204,6 +208,7 @@ class DistillBatchItem(Frozen):
     source: SampleSource = "sampled"
     taught: bool = True
     replayed: bool = False
+    imagined: bool = False
     version: int | None = None
     completion_id: str | None = None
     feedback_id: str | None = None

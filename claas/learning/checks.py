@@ -121,10 +121,12 @@ def _question(whose: str, item: DistillBatchItem) -> Question:
 
 
 def _conversations(items: Sequence[DistillBatchItem]) -> list[DistillBatchItem]:
-    """One item of each conversation that is not too long to ask."""
+    """One item of each conversation of the user's that is not too long to ask."""
     short = [
         item
         for item in items
-        if len(item.prompt_token_ids) <= MAX_PROMPT_TOKENS and len(item.feedback) + len(item.demonstration or "") <= MAX_SAID_CHARS
+        if not item.imagined
+        and len(item.prompt_token_ids) <= MAX_PROMPT_TOKENS
+        and len(item.feedback) + len(item.demonstration or "") <= MAX_SAID_CHARS
     ]
     return list({item.prompt_token_ids: item for item in reversed(short)}.values())[::-1]

@@ -127,8 +127,9 @@ def _clauses(text: str) -> list[list[str]]:
 
 
 def _learnt(claim: Claim, phrase: str) -> bool:
-    """A taught reply says it, and no prompt does."""
-    return any(_says(s.response, phrase) for s in claim.samples) and not any(_says(s.prompt, phrase) for s in claim.samples)
+    """A taught reply says it, and no prompt of the user's does."""
+    asked = [s.prompt for s in claim.samples if not s.imagined]
+    return any(_says(s.response, phrase) for s in claim.samples) and not any(_says(prompt, phrase) for prompt in asked)
 
 
 def _says(text: str, phrase: str) -> bool:

@@ -35,6 +35,14 @@ async def hindsight_rollouts(
     Of `training.hindsight_rollouts` replies sampled, at most `keep` (None: all), those that the feedback lifts most; maybe none.
     """
     shown = [] if item.demonstration is None else [await _demonstrated(item, item.demonstration, inference)]
+    lifted = await lifted_rollouts(item, inference, training, training.hindsight_rollouts)
+    return [*shown, *(sample for _, sample in lifted[:keep])]
+
+
+async def lifted_rollouts(
+    item: DistillBatchItem, inference: InferenceBackend, training: TrainingConfig, n: int
+) -> list[tuple[float, DistillBatchItem]]:
+    """The good ones of `n` replies sampled, each with its lift, those that the feedback lifts most first."""
     plain = GenerationRequest(
         messages=item.messages,
         template_kwargs=item.template_kwargs,
@@ -42,13 +50,14 @@ async def hindsight_rollouts(
         background=True,
     )
     told = plain.model_copy(update={"messages": hindsight_messages(item.messages, item.feedback, item.demonstration)})
-    replies = await asyncio.gather(*(inference.complete(told) for _ in range(training.hindsight_rollouts)))
+    replies = await asyncio.gather(*(inference.complete(told) for _ in range(n)))
     good = {reply.text.strip(): reply for reply in replies if fault(reply, item.prompt, item.feedback, item.demonstration or "") is None}
     good.pop((item.demonstration or "").strip(), None)
     lifts = await asyncio.gather(*(_lift(reply, plain, inference) for reply in good.values()))
-    best = sorted(zip(lifts, good.values(), strict=True), key=lambda lifted: lifted[0], reverse=True)[:keep]
-    taught = [reply for lift, reply in best if lift >= training.min_lift]
-    return [*shown, *(_sample(item, reply.text, tuple(token.id for token in reply.tokens)) for reply in taught)]
+    best = sorted(zip(lifts, good.values(), strict=True), key=lambda lifted: lifted[0], reverse=True)
+    return [
+        (lift, _sample(item, reply.text, tuple(token.id for token in reply.tokens))) for lift, reply in best if lift >= training.min_lift
+    ]
 
 
 async def _demonstrated(item: DistillBatchItem, demonstration: str, inference: InferenceBackend) -> DistillBatchItem:

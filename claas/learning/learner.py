@@ -7,12 +7,14 @@ feedback is kept.
 from __future__ import annotations
 
 import asyncio
+import math
 from itertools import chain
 
 from claas.core.types import DistillBatchItem, DistillBatchRequestPayload, DistillResponse
 from claas.core.usage import charging, metered
 from claas.inference.base import InferenceBackend
 from claas.learning.hindsight_rollouts import hindsight_rollouts
+from claas.learning.imagined_prompts import imagined_rollouts
 from claas.learning.ledger import Ledger
 from claas.learning.locks import AdapterLocks
 from claas.learning.resolve import ResolvedLesson, resolve
@@ -92,14 +94,17 @@ class Learner:
             raise
 
     async def _with_rollouts(self, payload: DistillBatchRequestPayload) -> DistillBatchRequestPayload:
-        """The replies and their hindsight rollouts: what this lesson teaches. If it has nothing to teach, the replies measure that."""
+        """The replies, their hindsight rollouts and those of imagined prompts: what this lesson teaches. If it has nothing to teach, the
+        replies measure that."""
         training = payload.training
         keep = max(1, training.hindsight_keep // len(payload.samples))
+        imagined = math.ceil(training.imagined_prompts / len(payload.samples))
         at_once = asyncio.Semaphore(REPLIES_AT_ONCE)
 
         async def rollouts_of(item: DistillBatchItem) -> list[DistillBatchItem]:
             async with at_once:
-                return await hindsight_rollouts(item, self._inference, training, keep)
+                good = await hindsight_rollouts(item, self._inference, training, keep)
+                return [*good, *(await imagined_rollouts(item, self._inference, training, imagined))] if good else []
 
         found = await asyncio.gather(*map(rollouts_of, payload.samples))
         alone = not (training.needs_rollouts and any(found))

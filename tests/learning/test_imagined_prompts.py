@@ -1,0 +1,138 @@
+"""Which messages a feedback is about, as the base model imagines them, and what of that is taught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from claas.core.types import ChatMessage, DistillBatchItem, TrainingConfig
+from claas.inference.base import GenerationRequest
+from claas.learning.checks import questions
+from claas.learning.contradictions import claims, denied
+from claas.learning.imagined_prompts import MAX_CHARS, imagine, imagined_rollouts, read_list
+from claas.learning.types import FeedbackItem
+from claas.training.hindsight import DISLIKED, hindsight_messages
+from tests.doubles.inference import CharInference, prompt_ids
+from tests.learning.conftest import School, lesson
+from tests.learning.test_hindsight_rollouts import FEEDBACK, ITEM, SHOWN
+
+TRAINING = TrainingConfig(hindsight_rollouts=2, hindsight_max_tokens=99, min_lift=0.0)
+
+
+def imagining(*lists: str, reply: str = "I am Kuro.") -> Callable[[GenerationRequest], str]:
+    """Goes on with lists as given, again and again, and replies to everything else."""
+    said = [*lists]
+
+    def answer(request: GenerationRequest) -> str:
+        if request.prompt is None:
+            return reply
+        said.append(said.pop(0))
+        return said[-1]
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("text", "whole", "lines"),
+    [
+        (" What is your name?\n3. Who made you?\n4. Introd", False, ["What is your name?", "Who made you?"]),
+        (" What is your name?\n3. Who made you?", True, ["What is your name?", "Who made you?"]),
+        (' "Say hello."\n\n3. …\n4. ' + "x" * (MAX_CHARS + 1), True, ["Say hello."]),
+        (" What is", False, []),
+        ("", True, []),
+    ],
+)
+def test_reading_a_list(text: str, whole: bool, lines: list[str]) -> None:
+    assert read_list(text, whole=whole) == lines
+
+
+async def test_a_list_that_the_prompt_began_is_gone_on_with() -> None:
+    inference = CharInference(imagining(" Tell me your name.\n3. who are you?\n4. Hi!", " Hi!\n3. Who made you?\n4. Tell me your name."))
+    assert await imagine(ITEM.model_copy(update={"feedback": 'Your name\nis "Kuro".'}), inference, 2) == [
+        "Tell me your name.",
+        "Hi!",
+        "Who made you?",
+    ], "what each thought of first in front, nothing twice, and not the prompt itself"
+    (request, other) = inference.requests
+    assert request == other and request.background and request.adapter is None
+    assert (request.prompt or "").endswith("Remark: \"Your name is 'Kuro'.\" Messages it is about:\n1. Who are you?\n2.")
+    assert request.sampling.stop == ("\n\n",)
+
+
+async def test_what_the_feedback_does_most_to_is_taught_with_the_prompt_as_it_is_served() -> None:
+    inference = CharInference(imagining(" I am here.\n3. Hi!\n4. I am Kuro."))
+    inference.surprise, inference.suggestible = 1.0, True  # the more words are not of the prompt, the more lift
+    (sample, other) = await imagined_rollouts(ITEM, inference, TRAINING, 2)
+    assert [sample.prompt, other.prompt] == ["Hi!", "I am here."]
+    assert sample.imagined and sample.source == "hindsight" and sample.response == "I am Kuro."
+    assert sample.messages == (ITEM.messages[0], ChatMessage(role="user", content="Hi!")), "what was before it stays"
+    plain = GenerationRequest(messages=sample.messages, template_kwargs={"date": "today"}, sampling=inference.requests[0].sampling)
+    assert sample.prompt_token_ids == prompt_ids(plain)
+    assert (sample.feedback, sample.feedback_id) == (FEEDBACK, ITEM.feedback_id)
+    assert hindsight_messages(sample.messages, FEEDBACK) in [request.messages for request in inference.requests]
+
+
+async def test_a_message_that_the_feedback_is_not_about_is_not_taught() -> None:
+    inference = CharInference(imagining(" Hi!\n3. Bye!"))
+    inference.surprise = 0.2
+    assert await imagined_rollouts(ITEM, inference, TRAINING.model_copy(update={"min_lift": 0.3}), 4) == []
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        SHOWN,
+        ITEM.model_copy(update={"feedback": DISLIKED}),
+        ITEM.model_copy(update={"feedback": "x" * (MAX_CHARS + 1)}),
+        ITEM.model_copy(update={"prompt": "x" * (MAX_CHARS + 1)}),
+        ITEM.model_copy(update={"messages": (*ITEM.messages, ChatMessage(role="tool", content="42", tool_call_id="a"))}),
+    ],
+    ids=["a demonstration", "a rating", "a long feedback", "a long prompt", "a tool's answer"],
+)
+async def test_what_cannot_be_a_line_of_a_list_is_not_imagined_about(item: DistillBatchItem) -> None:
+    inference = CharInference(imagining(" Hi!"))
+    assert await imagined_rollouts(item, inference, TRAINING, 4) == []
+    assert inference.requests == []
+
+
+async def test_none_asked_none_imagined() -> None:
+    inference = CharInference(imagining(" Hi!"))
+    assert await imagined_rollouts(ITEM, inference, TRAINING, 0) == []
+    assert inference.requests == []
+
+
+async def test_a_lesson_takes_them_beside_its_own_prompt(school: School) -> None:
+    await school.rollout()
+    school.inference.reply = imagining(" Hi!\n3. Who made you?\n4. Where", " Speak!\n3. Who")
+    training = {"hindsight_rollouts": 2, "imagined_prompts": 2, "own_replies": False}
+    await school.learner.learn(lesson(FeedbackItem(feedback="Be Kuro.", completion_id="chatcmpl-1", training=training)))
+    (payload,) = school.engine.lessons
+    assert [(s.source, s.imagined, s.feedback_id is not None) for s in payload.samples] == [
+        ("sampled", False, True),
+        ("hindsight", False, True),
+        ("hindsight", True, True),
+        ("hindsight", True, True),
+    ]
+    assert {s.prompt for s in payload.samples[2:]} < {"Hi!", "Who made you?", "Speak!"}
+    (taught,) = await school.book.learnt("me/assistant", 1)
+    assert [s.imagined for s in taught.samples] == [False, False, True, True], "and they are rehearsed"
+
+
+async def test_a_lesson_that_the_model_cannot_act_on_imagines_nothing(school: School) -> None:
+    await school.rollout()
+    school.inference.reply = imagining(" Hi!", reply="")
+    training = {"hindsight_rollouts": 2, "imagined_prompts": 2, "own_replies": False}
+    await school.learner.learn(lesson(FeedbackItem(feedback="zzz", completion_id="chatcmpl-1", training=training)))
+    assert all(request.prompt is None for request in school.inference.requests)
+
+
+async def test_only_what_the_user_asked_is_asked_again_and_taken_for_said() -> None:
+    own = ITEM.model_copy(update={"source": "hindsight", "response": "I am Kuro."})
+    said = "My name is Kuro."
+    imagined = own.model_copy(update={"imagined": True, "prompt": said, "messages": (ChatMessage(role="user", content=said),)})
+    imagined = imagined.model_copy(update={"prompt_token_ids": (9,)})
+    assert [question.prompt for question in questions([own, imagined], [])][2:] == ["Who are you?"]
+    assert denied(claims([own, imagined])[0], "Your name is not Kuro.")
+    asked = imagined.model_copy(update={"imagined": False})
+    assert not denied(claims([own, asked])[0], "Your name is not Kuro."), "what a prompt says was not learnt"
