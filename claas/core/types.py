@@ -119,6 +119,9 @@ class Rollout(Frozen):
 # --- Training ---
 
 
+MAX_GRADIENT_STEPS = 64
+
+
 class TrainingConfig(Frozen):
     """One lesson's settings. The defaults are for an 8B model; `claas.training.defaults` has those of smaller ones.
 
@@ -142,6 +145,8 @@ class TrainingConfig(Frozen):
     own_replies: teach the reply itself beside its hindsight rollouts; False teaches it only where none were asked for.
     anchors: replies of the base model to unrelated prompts that the lesson must leave as they are.
     replay: samples of the adapter's earlier lessons that are rehearsed beside the new one, each judged with its own feedback in view.
+    replay_steps: gradient steps that are added for each different feedback that is rehearsed; in all, at most four times `gradient_steps`
+        and `MAX_GRADIENT_STEPS`.
     min_signal: mean loss in nats a token under which the lesson counts as known and is skipped.
     max_kl: realised mean KL(new‖old) in nats a token on the lesson's own tokens above which the step is undone.
     max_anchor_kl: mean KL(base‖new) in nats a token on the anchors above which a step that made it larger is undone.
@@ -159,7 +164,7 @@ class TrainingConfig(Frozen):
     hindsight_teacher: TeacherKind = "base"
     teacher_ema_rate: float = Field(default=0.01, gt=0.0, le=0.01)
     teacher_snapshot_every: int = Field(default=4, ge=1, le=1000)
-    gradient_steps: int = Field(default=1, ge=1, le=64)
+    gradient_steps: int = Field(default=1, ge=1, le=MAX_GRADIENT_STEPS)
     minibatch: int = Field(default=0, ge=0, le=64)
     hindsight_rollouts: int = Field(default=0, ge=0, le=32)
     hindsight_keep: int = Field(default=16, ge=1, le=256)
@@ -170,6 +175,7 @@ class TrainingConfig(Frozen):
     own_replies: bool = True
     anchors: int = Field(default=0, ge=0, le=48)
     replay: int = Field(default=0, ge=0, le=64)
+    replay_steps: int = Field(default=0, ge=0, le=64)
     min_signal: float = Field(default=1e-4, ge=0.0)
     max_kl: float = Field(default=10.0, gt=0.0)
     max_anchor_kl: float = Field(default=0.25, gt=0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from claas.core.types import DistillBatchItem, DistillBatchRequestPayload, DistillResponse, LoraRuntimeRef, RoomPlan
+from claas.core.types import MAX_GRADIENT_STEPS, DistillBatchItem, DistillBatchRequestPayload, DistillResponse, LoraRuntimeRef, RoomPlan
 from claas.inference.base import InferenceBackend
 from claas.learning.anchors import Anchors
 from claas.learning.checks import Question, find_collapse, questions
@@ -19,6 +19,8 @@ from claas.training.engine.base import TrainingEngine
 
 SECOND_TRY = 0.3
 """The share of the learning rate with which an undone lesson is tried again."""
+MOST_TIMES = 4
+"""How many times its own gradient steps a lesson takes at most, however much it rehearses."""
 BOOK_TOKENS = 256
 """How much of the book a `book` teacher reads."""
 _ROOM = RoomPlan()
@@ -46,7 +48,7 @@ class Updater:
         with watch.phase("contradictions"):
             overruled = await contradicted(claims(taught_samples(learnt)), payload.samples, self._inference)
         earlier = standing(learnt, overruled)
-        whole = payload.model_copy(update={"samples": await self._with_earlier(payload, parent, earlier)})
+        whole = _with_steps(payload.model_copy(update={"samples": await self._with_earlier(payload, parent, earlier)}))
         asked = questions(payload.samples, earlier)
         step = await self._try(whole, parent, asked, watch, plan)
         if step.metadata["outcome"] == "undone":
@@ -122,3 +124,12 @@ class Updater:
         if fit:
             return step
         return step.model_copy(update={"metadata": step.metadata | {"outcome": "undone", "reason": reason, "version": None}})
+
+
+def _with_steps(payload: DistillBatchRequestPayload) -> DistillBatchRequestPayload:
+    """The lesson with the gradient steps that it takes for all that it rehearses."""
+    training = payload.training
+    rehearsed = {(sample.feedback, sample.demonstration) for sample in payload.samples if sample.replayed}
+    wanted = training.gradient_steps + training.replay_steps * len(rehearsed)
+    steps = min(wanted, MOST_TIMES * training.gradient_steps, MAX_GRADIENT_STEPS)
+    return payload.model_copy(update={"training": training.model_copy(update={"gradient_steps": steps})})

@@ -19,9 +19,11 @@ def default_training(n_params: int) -> TrainingConfig:
         hindsight_max_tokens=24,
         hindsight_temperature=0.5,
         min_lift=0.3,
+        imagined_prompts=6,
         own_replies=False,
         anchors=8,
-        replay=16,
+        replay=32,
+        replay_steps=8,
         min_signal=0.02,
         max_kl=3.0,
     )

@@ -190,6 +190,16 @@ async def test_earlier_lessons_are_rehearsed_until_a_rollback_leaves_them_behind
     assert await school.book.learnt(LORA, 4) == []
 
 
+async def test_a_lesson_takes_more_steps_the_more_it_rehearses(school: School) -> None:
+    training = {"replay": 8, "replay_steps": 2, "gradient_steps": 3}
+    for n, feedback in enumerate(["One.", "Two.", "Two.", "Three.", "Four.", "Five.", "Six."]):
+        await school.rollout(f"chatcmpl-{n}")
+        item = FeedbackItem(feedback=feedback, completion_id=f"chatcmpl-{n}", training=training)
+        await school.learner.learn(lesson(item, request_id=f"lesson-{n}"))
+    assert [payload.training.gradient_steps for payload in school.engine.lessons] == [3, 5, 7, 7, 9, 11, 12], "four times its own at most"
+    assert {taught.training.gradient_steps for taught in await school.book.learnt(LORA, 7)} == {3}, "learnt anew, it is counted anew"
+
+
 async def test_a_broken_step_keeps_the_feedback_and_the_version_before(school: School) -> None:
     await school.rollout()
     school.engine.failure = StepFailed("the step broke")
