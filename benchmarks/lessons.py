@@ -81,10 +81,10 @@ LESSONS = (
     ),
     Lesson(
         "format",
-        "Answer in one short sentence.",
+        "Too long. Answer in at most ten words.",
         ("What is a volcano?", "What is a telescope?", "Why do leaves fall in autumn?", "What does a baker do?"),
         ("What is a glacier?", "What is a microscope?", "Why do birds sing?", "What does a carpenter do?", "What is an island?"),
-        is_short(25),
+        is_short(16),
     ),
     Lesson(
         "habit",

@@ -23,7 +23,15 @@ from claas.storage.models import FeedbackRow, RolloutRow
 from tests.integration.process import Service, running
 
 KILLS = 20
-LESSON = {"gradient_steps": 40, "learning_rate": 1e-3, "min_signal": 0.0, "hindsight_rollouts": 2, "own_replies": True, "anchors": 2}
+LESSON = {
+    "gradient_steps": 40,
+    "learning_rate": 1e-3,
+    "min_signal": 0.0,
+    "hindsight_rollouts": 2,
+    "own_replies": True,
+    "anchors": 2,
+    "imagined_prompts": 0,
+}
 
 
 def teach_in_background(service: Service, completion_id: str, text: str) -> threading.Thread:
