@@ -22,7 +22,7 @@ class Caller:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.http = httpx.Client(base_url=url, timeout=300.0)
+        self.http = httpx.Client(base_url=url, timeout=900.0)  # a lesson beside other tests' lessons takes many times what it takes alone
 
     def chat(self, text: str, model: str = "assistant", **fields: Any) -> dict[str, Any]:
         body = {"model": model, "messages": [{"role": "user", "content": text}], **fields}
