@@ -14,7 +14,7 @@ PROBES = ("Tell me your name, please.", "Good morning! And you are?", "Introduce
 
 
 @pytest.mark.model
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_at_most_three_rounds_teach_a_name_and_leave_the_rest_alone(model_dir: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -34,7 +34,7 @@ def test_at_most_three_rounds_teach_a_name_and_leave_the_rest_alone(model_dir: P
     command += ["--feedback", "Your name is Kuro, always introduce yourself as Kuro.", "--expect", "Kuro"]
     command += [word for prompt in PROMPTS for word in ("--prompt", prompt)] + [word for probe in PROBES for word in ("--probe", probe)]
     command += ["--unrelated", "What is the capital of France?"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=1700, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stderr == ""
 
