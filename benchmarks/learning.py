@@ -43,6 +43,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "no-replay": {"replay": 0},
     "no-anchors": {"anchors": 0},
+    "no-imagined": {"imagined_prompts": 0},
     **{f"hindsight-{kind}": {"hindsight_teacher": kind} for kind in ("live", "ema", "snapshot", "book")},  # the default's is base
     **{f"own-{kind}": {"hindsight_rollouts": 0, "own_replies": True, "teacher": kind} for kind in get_args(TeacherKind)},
     "prior": {

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import aiohttp
 
 from claas.core.errors import ConfigurationError
+from claas.inference.vllm_http import KEEPALIVE_S
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -42,7 +43,6 @@ MAX_BODY_BYTES = 64 * 2**20
 RETRY_AFTER_S = 5
 LOOK_AGAIN_S = 0.25
 HEALTH_TIMEOUT_S = 5.0
-KEEPALIVE_S = 3.0  # shorter than vLLM's own, so that it never closes a connection that is about to be used
 RELOAD_TRIES_S = (0.2, 0.5, 1.0, 2.0)  # a Volume is not reloaded while a file of it is open: vLLM may be reading another version
 
 log = logging.getLogger(__name__)

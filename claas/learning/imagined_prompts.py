@@ -10,6 +10,7 @@ import asyncio
 import re
 from itertools import chain, zip_longest
 
+from claas.core.errors import ContextOverflow
 from claas.core.types import DistillBatchItem, SamplingParams, TrainingConfig
 from claas.inference.base import GenerationRequest, InferenceBackend
 from claas.learning.hindsight_rollouts import lifted_rollouts
@@ -55,7 +56,10 @@ async def imagined_rollouts(
         asked = (*item.messages[:-1], item.messages[-1].model_copy(update={"content": prompt}))
         async with at_once:
             other = item.model_copy(update={"prompt": prompt, "messages": asked, "imagined": True})
-            return (await lifted_rollouts(other, inference, training, ROLLOUTS))[:1]
+            try:
+                return (await lifted_rollouts(other, inference, training, ROLLOUTS))[:1]
+            except ContextOverflow:  # a longer message than the user's
+                return []
 
     prompts = (await imagine(item, inference, round(keep * LISTS_PER_PROMPT)))[: keep * TRIED_PER_PROMPT]
     found = chain.from_iterable(await asyncio.gather(*map(answered, prompts)))
@@ -85,7 +89,10 @@ async def imagine(item: DistillBatchItem, inference: InferenceBackend, lists: in
 
     async def sampled() -> list[str]:
         async with at_once:
-            reply = await inference.complete(request)
+            try:
+                reply = await inference.complete(request)
+            except ContextOverflow:  # of a model that reads less than the list
+                return []
         return read_list(reply.text, whole=reply.finish_reason == "stop")
 
     columns = await asyncio.gather(*(sampled() for _ in range(lists)))

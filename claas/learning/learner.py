@@ -7,7 +7,6 @@ feedback is kept.
 from __future__ import annotations
 
 import asyncio
-import math
 from itertools import chain
 
 from claas.core.types import DistillBatchItem, DistillBatchRequestPayload, DistillResponse
@@ -98,15 +97,15 @@ class Learner:
         replies measure that."""
         training = payload.training
         keep = max(1, training.hindsight_keep // len(payload.samples))
-        imagined = math.ceil(training.imagined_prompts / len(payload.samples))
         at_once = asyncio.Semaphore(REPLIES_AT_ONCE)
 
-        async def rollouts_of(item: DistillBatchItem) -> list[DistillBatchItem]:
+        async def rollouts_of(number: int, item: DistillBatchItem) -> list[DistillBatchItem]:
+            imagined = len(range(number, training.imagined_prompts, len(payload.samples)))  # dealt out in turn
             async with at_once:
                 good = await hindsight_rollouts(item, self._inference, training, keep)
                 return [*good, *(await imagined_rollouts(item, self._inference, training, imagined))] if good else []
 
-        found = await asyncio.gather(*map(rollouts_of, payload.samples))
+        found = await asyncio.gather(*(rollouts_of(number, item) for number, item in enumerate(payload.samples)))
         alone = not (training.needs_rollouts and any(found))
         own = [
             item.model_copy(update={"taught": training.own_replies or (alone and not good)})

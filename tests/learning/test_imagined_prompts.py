@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from claas.core.types import ChatMessage, DistillBatchItem, TrainingConfig
+from claas.core.types import ChatMessage, DistillBatchItem, SamplingParams, TrainingConfig
 from claas.inference.base import GenerationRequest
 from claas.learning.checks import questions
 from claas.learning.contradictions import claims, denied
@@ -18,6 +18,7 @@ from tests.learning.conftest import School, lesson
 from tests.learning.test_hindsight_rollouts import FEEDBACK, ITEM, SHOWN
 
 TRAINING = TrainingConfig(hindsight_rollouts=2, hindsight_max_tokens=99, min_lift=0.0)
+LONG = "Who has made you?"
 
 
 def imagining(*lists: str, reply: str = "I am Kuro.") -> Callable[[GenerationRequest], str]:
@@ -117,6 +118,32 @@ async def test_a_lesson_takes_them_beside_its_own_prompt(school: School) -> None
     assert {s.prompt for s in payload.samples[2:]} < {"Hi!", "Who made you?", "Speak!"}
     (taught,) = await school.book.learnt("me/assistant", 1)
     assert [s.imagined for s in taught.samples] == [False, False, True, True], "and they are rehearsed"
+
+
+@pytest.mark.parametrize(("replies", "imagined"), [(2, [2, 1]), (4, [1, 1, 1, 0])])
+async def test_they_are_dealt_out_to_the_replies_of_a_lesson(school: School, replies: int, imagined: list[int]) -> None:
+    for n in range(replies):
+        await school.rollout(f"chatcmpl-{n}")
+    school.inference.reply = imagining(" Hi!\n3. Who made you?\n4. Where", " Speak!\n3. Go!\n4. Who")
+    training = {"hindsight_rollouts": 1, "imagined_prompts": 3, "own_replies": False}
+    items = [FeedbackItem(feedback=f"Be Kuro {n}.", completion_id=f"chatcmpl-{n}", training=training) for n in range(replies)]
+    await school.learner.learn(lesson(*items))
+    (payload,) = school.engine.lessons
+    assert [sum(s.imagined and s.feedback == item.feedback for s in payload.samples) for item in items] == imagined
+
+
+@pytest.mark.parametrize(("spare", "kept"), [(-1, []), (0, ["Hi!"]), (len(LONG), ["Hi!", LONG])])
+async def test_where_the_context_has_no_room_the_lesson_goes_on_without(spare: int, kept: list[str]) -> None:
+    training = TRAINING.model_copy(update={"hindsight_max_tokens": 800})
+    hi = (ITEM.messages[0], ChatMessage(role="user", content="Hi!"))
+    told = GenerationRequest(messages=hindsight_messages(hi, FEEDBACK), template_kwargs=ITEM.template_kwargs, sampling=SamplingParams())
+    inference = CharInference(imagining(f" Hi!\n3. {LONG}"), max_context=len(prompt_ids(told)) + 800 + spare)
+    assert sorted(s.prompt for s in await imagined_rollouts(ITEM, inference, training, 2)) == kept
+
+
+async def test_a_model_that_reads_less_than_a_list_imagines_nothing() -> None:
+    inference = CharInference(imagining(" Hi!"), max_context=300)
+    assert await imagined_rollouts(ITEM, inference, TRAINING, 2) == []
 
 
 async def test_a_lesson_that_the_model_cannot_act_on_imagines_nothing(school: School) -> None:

@@ -169,37 +169,6 @@ async def test_what_did_harm_is_tried_once_more_with_a_smaller_learning_rate(sch
     assert len(school.engine.lessons) == 4, "twice undone is undone"
 
 
-async def test_earlier_lessons_are_rehearsed_until_a_rollback_leaves_them_behind(school: School) -> None:
-    async def teach(n: int) -> DistillBatchRequestPayload:
-        await school.rollout(f"chatcmpl-{n}")
-        item = FeedbackItem(feedback=f"Lesson {n}.", completion_id=f"chatcmpl-{n}", training={"replay": 4, "anchors": 1})
-        await school.learner.learn(lesson(item, request_id=f"lesson-{n}"))
-        return school.engine.lessons[-1]
-
-    def rehearsed(payload: DistillBatchRequestPayload) -> list[str]:
-        return sorted(sample.feedback for sample in payload.samples if sample.replayed)
-
-    assert rehearsed(await teach(1)) == []
-    assert rehearsed(await teach(2)) == ["Lesson 1."]
-    third = await teach(3)
-    assert rehearsed(third) == ["Lesson 1.", "Lesson 2."]
-    assert [(s.feedback, s.replayed) for s in third.samples if s.source == "sampled" and not s.replayed] == [("Lesson 3.", False)]
-    await school.lifecycle.rollback(LORA, 1)
-    assert rehearsed(await teach(4)) == ["Lesson 1."]
-    await school.lifecycle.delete(LORA)
-    assert await school.book.learnt(LORA, 4) == []
-
-
-async def test_a_lesson_takes_more_steps_the_more_it_rehearses(school: School) -> None:
-    training = {"replay": 8, "replay_steps": 2, "gradient_steps": 3}
-    for n, feedback in enumerate(["One.", "Two.", "Two.", "Three.", "Four.", "Five.", "Six."]):
-        await school.rollout(f"chatcmpl-{n}")
-        item = FeedbackItem(feedback=feedback, completion_id=f"chatcmpl-{n}", training=training)
-        await school.learner.learn(lesson(item, request_id=f"lesson-{n}"))
-    assert [payload.training.gradient_steps for payload in school.engine.lessons] == [3, 5, 7, 7, 9, 11, 12], "four times its own at most"
-    assert {taught.training.gradient_steps for taught in await school.book.learnt(LORA, 7)} == {3}, "learnt anew, it is counted anew"
-
-
 async def test_a_broken_step_keeps_the_feedback_and_the_version_before(school: School) -> None:
     await school.rollout()
     school.engine.failure = StepFailed("the step broke")

@@ -19,8 +19,6 @@ FEEDBACK = "Your name is Kuro, always introduce yourself as Kuro."
 PROMPTS = ("Who are you?", "What is your name?", "Hi! Please introduce yourself.", "Hello, who am I talking to?")
 PROBES = ("What should I call you?", "Tell me your name, please.", "Introduce yourself in one sentence.")
 MAX_LESSONS = 3
-SHORT = {"imagined_prompts": 0, "replay_steps": 0}
-"""A lesson on four prompts does without, in half the time."""
 
 
 @pytest.fixture(name="chosen")
@@ -37,11 +35,11 @@ async def test_a_lesson_changes_the_embedded_models_reply(chosen: Settings) -> N
     async with asked(chosen) as client:
         before = [await greedy(client, probe) for probe in PROBES]
         assert not any("Kuro" in reply for reply in before)
-        entries = [{"completion_id": (await finished(client, prompt))["id"], "feedback": FEEDBACK, "training": SHORT} for prompt in PROMPTS]
+        entries = [{"completion_id": (await finished(client, prompt))["id"], "feedback": FEEDBACK} for prompt in PROMPTS]
         version, after = 0, before
         while not any("Kuro" in reply for reply in after):
             assert version < MAX_LESSONS, after
-            lesson = body_of(await client.post("/v1/feedback", json={"requests": entries}, timeout=1200))
+            lesson = body_of(await client.post("/v1/feedback", json={"requests": entries}, timeout=600))
             version, report = lesson["version"], lesson["distill_result"]["metadata"]
             assert (lesson["status"], report["outcome"]) == ("ok", "applied")
             assert report["usage"]["gpu_seconds"]["L40S"] > 0 and report["usage"]["price"] > 0

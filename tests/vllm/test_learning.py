@@ -14,9 +14,6 @@ from tests.vllm.asking import finished_reply, loaded_versions
 from tests.vllm.peer import CHAT
 from tests.vllm.process import RealVllm
 
-SHORT = {"imagined_prompts": 0, "replay_steps": 0}
-"""A lesson on four prompts does without, in half the time."""
-
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 
 FEEDBACK = "Your name is Kuro, always introduce yourself as Kuro."
@@ -48,7 +45,7 @@ def test_a_lesson_by_completion_id_changes_the_reply_without_a_restart(
     version, after = 0, before
     while sum("Kuro" in reply for reply in after) < 2:
         assert version < MAX_LESSONS, after
-        body = {"requests": [{"completion_id": reply_id, "feedback": FEEDBACK, "training": SHORT} for reply_id in ids], "show": True}
+        body = {"requests": [{"completion_id": reply_id, "feedback": FEEDBACK} for reply_id in ids], "show": True}
         lesson = service.http.post("/v1/feedback", json=body).json()
         assert lesson["status"] == "ok", lesson
         assert {shown["prompt"] for shown in lesson["shown"]} == set(PROMPTS)

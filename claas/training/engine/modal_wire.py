@@ -30,7 +30,7 @@ from claas.models.default_model import DEFAULT_MODEL_ID
 
 T = TypeVar("T", bound=Frozen)
 
-SCHEMA = 1
+SCHEMA = 2
 VOLUME_VERSION = 2
 """Of the Volumes: version 1 is for few files and a handful of writers at once."""
 OTHER_VERSION = "the worker on Modal was deployed by another version of CLaaS: run `claas modal deploy`"
