@@ -7,12 +7,13 @@
 They take turns, block by block, in an order that alternates from round to round; both speak through the same LoRA adapter, then both
 through the base model. No two prompts are alike, so that no side finds the other's in vLLM's prefix cache.
 
-Clients pause for a random moment between two replies, of up to 0.1 s that does not count, so that they are in step neither with each other
-nor with vLLM. A reply's time for each token is that from its first to its last, over their number less one. Throughput is that of clients
-who always wait for a reply. Intervals (95 %) are bootstrapped over rounds, and over the replies in them.
+Each client begins with a reply of a random length that does not count: then connections are open on either side, and clients are in step
+neither with each other nor with vLLM. They pause for a random moment between two replies, of up to 0.1 s that does not count. A reply's
+time for each token is that from its first to its last, over their number less one. Throughput is that of clients who always wait for a
+reply. Intervals (95 %) are bootstrapped over rounds, and over the replies in them.
 
-As with a vLLM that computes on a GPU, what CLaaS computes is not taken from the model: vLLM has all cores but one, and CLaaS and the
-client share the last. `--together` lets all three share all cores. The CPU seconds of each, for 1,000 tokens, say how much that is.
+As with a vLLM that computes on a GPU and clients elsewhere, what CLaaS computes is taken from neither: it has a core of its own, and vLLM
+and the client share the others. `--together` lets all three share all cores. The CPU seconds of each for 1,000 tokens say how much it is.
 
 A CPU that computes a model takes a little longer or shorter each time, by more than CLaaS adds. With `--step-ms 20` a stand-in that only
 speaks vLLM's protocol takes its place and gives each stream a token in that time: what remains is CLaaS's own part.
@@ -104,11 +105,12 @@ async def run_block(stack: Stack, side: Side, model: str, prompts: Iterator[str]
             waited += time.perf_counter() - began
             return sent
 
-        async def client() -> list[Sent]:
+        async def client(warm_tokens: int) -> list[Sent]:
+            await ask(http, model, next(prompts), **how | {"max_tokens": warm_tokens})
             return [await ask_once() for _ in range(each)]
 
         cpu = stack.cpu_seconds()
-        sent = await asyncio.gather(*(client() for _ in range(clients)))
+        sent = await asyncio.gather(*(client(pauses.randint(1, how["max_tokens"])) for _ in range(clients)))
         cpu_after = stack.cpu_seconds()
     replies = tuple(map(read, itertools.chain.from_iterable(sent)))
     if failures := [reply.failure for reply in replies if reply.failure is not None or not reply.stamps]:
@@ -197,7 +199,7 @@ async def measure(stack: Stack, levels: Sequence[int], requests: int, seconds: f
         round_began = time.perf_counter()
         for concurrency, model in itertools.product(levels, names):
             for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
-                each = max(1, requests // concurrency)
+                each = max(2, requests // concurrency)
                 done = await run_block(stack, side, names[model][side], prompts, concurrency, each, how)
                 blocks[concurrency, model, side].append(done)
         longest = max(longest, time.perf_counter() - round_began)

@@ -81,7 +81,7 @@ def running_stack(
 ) -> Iterator[Stack]:
     """Start both, or the service alone in front of the vLLM at `vllm_url`; what was started is ended on leaving.
 
-    With `apart` a vLLM that is started has all cores but one to itself, and the service and the client share that one. With `step_ms` a
+    With `apart` the service has a core of its own, and a vLLM that is started and the client share the others. With `step_ms` a
     stand-in is started instead of it, which gives each stream a token in that time.
     """
     python = Path(os.environ.pop("CLAAS_TEST_VLLM_PYTHON", "") or ROOT / ".venv-vllm" / "bin" / "python")
@@ -93,8 +93,9 @@ def running_stack(
             vllm = running_real(python, model_dir, folder / "vllm.log") if step_ms is None else running_paced(model_dir, step_ms)
             with on_cores(most) if apart and most else nullcontext():
                 vllm_url = ending.enter_context(vllm)
-            ending.enter_context(on_cores([last]) if apart else nullcontext())
-        service = ending.enter_context(running(folder / "data", base_model=base_model, VLLM_BASE_URL=vllm_url, **environment))
+        with on_cores([last]) if apart and most else nullcontext():
+            service = ending.enter_context(running(folder / "data", base_model=base_model, VLLM_BASE_URL=vllm_url, **environment))
+        ending.enter_context(on_cores(most) if apart and most else nullcontext())
         yield Stack(service, vllm_url, _listener(vllm_url))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Sequence
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
@@ -61,6 +62,7 @@ def refuse_strangers(headers: Headers) -> None:
         raise Forbidden("without an API key this service answers no web page of another origin: set CLAAS_API_KEYS to open it")
 
 
+@lru_cache(maxsize=256)
 def _is_loopback(url: str) -> bool:
     try:
         parts = urlsplit(url)

@@ -119,13 +119,12 @@ class Replies:
     def completion_tokens(self) -> int:
         return sum(len(chunk.tokens) for reply in self.replies for chunk in reply.chunks)
 
-    async def admit(self) -> Literal[True]:
+    async def admit(self) -> None:
         """Start all replies at once, or none. Raises what `resolve_model` and `InferenceBackend.stream` raise."""
         ref = await self._services.lifecycle.resolve_model(self.ask.model)
         self.speaker = f"{ref.lora_id}@{ref.version}" if ref else self._services.base_model_id
         self.replies = await _all_or_none([_start(self._services, self.ask.request(index, ref), index) for index in range(self.ask.n)])
         self._tasks = [asyncio.create_task(self._relay(reply)) for reply in self.replies]
-        return True
 
     async def __aenter__(self) -> Self:
         return self
@@ -141,11 +140,10 @@ class Replies:
                 raise self._error
             unfinished -= sum(chunk.finish_reason is not None for _, chunk in sampled)
 
-    async def drain(self) -> Literal[True]:
+    async def drain(self) -> None:
         """Wait for the end of all replies."""
         async for _ in self:
             pass
-        return True
 
     async def __aexit__(self, *_: object) -> None:
         for task, reply in zip(self._tasks, self.replies, strict=True):

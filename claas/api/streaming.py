@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Self
 from urllib.parse import quote
 
 from starlette.responses import Response
@@ -21,28 +21,37 @@ from claas.services import Services
 CLIENT_LEFT = 499  # nobody reads it but the access log
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
-async def unless_left(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """What `work` returns, or None if the client leaves first: then `work` is cancelled, and its cleaning up is awaited.
+class UnlessLeft:
+    """A block that is cancelled, its cleaning up awaited, when the client leaves: nothing is raised then, and `left` is true.
 
     The request's body must have been read.
     """
-    task = asyncio.ensure_future(work)
-    left = asyncio.ensure_future(_wait_until_left(receive))
-    try:
-        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        task.cancel()
-        left.cancel()
-        await asyncio.gather(task, left, return_exceptions=True)
 
+    def __init__(self, receive: Receive) -> None:
+        self.left = False
+        self._receive = receive
 
-async def _wait_until_left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    async def __aenter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None, "it runs in a task"
+        self._task, self._cancelled_before = task, task.cancelling()
+        self._watch = asyncio.create_task(self._wait_until_left())
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        self._watch.cancel()
+        if not self.left:
+            return False
+        others = self._task.uncancel() > self._cancelled_before  # such as the end of the service
+        return kind is asyncio.CancelledError and not others
+
+    async def _wait_until_left(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.left = True
+        self._task.cancel()
 
 
 class Answer(Response):
@@ -62,16 +71,15 @@ class Answer(Response):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = Response(status_code=CLIENT_LEFT)
-        async with Replies(self._services, self._ask) as replies:
-            if await unless_left(receive, replies.admit()):
-                headers = {"x-claas-adapter": quote(replies.speaker, safe="/@:.~_- ")}
-                if self._stream:
-                    await unless_left(receive, self._send_events(replies, headers, send))
-                    return
-                if await unless_left(receive, replies.drain()):
-                    response = Response(self._wording.whole(replies).model_dump_json(), media_type="application/json", headers=headers)
-        await response(scope, receive, send)
+        async with Replies(self._services, self._ask) as replies, UnlessLeft(receive) as client:
+            await replies.admit()
+            headers = {"x-claas-adapter": quote(replies.speaker, safe="/@:.~_- ")}
+            if self._stream:
+                await self._send_events(replies, headers, send)
+                return
+            await replies.drain()
+            response = Response(self._wording.whole(replies).model_dump_json(), media_type="application/json", headers=headers)
+        await (Response(status_code=CLIENT_LEFT) if client.left else response)(scope, receive, send)
 
     async def _send_events(self, replies: Replies, headers: Mapping[str, str], send: Send) -> None:
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})

@@ -87,7 +87,7 @@ class VllmHttp:
     async def _send(self, method: str, path: str, body: object, params: Mapping[str, str] | None = None) -> aiohttp.ClientResponse:
         """The response, its body not read yet, if it is a success."""
         url = URL(self._base_url + path)
-        response = await self._reach(method, url.update_query(params or {}), body)
+        response = await self._reach(method, url.update_query(params) if params else url, body)
         for _ in range(MAX_WAITS):
             if response.status != 303:
                 break

@@ -14,7 +14,7 @@ from starlette.types import Message
 
 from claas.api.formats import ChatFormat
 from claas.api.serving import Ask
-from claas.api.streaming import Answer
+from claas.api.streaming import Answer, UnlessLeft
 from claas.core.errors import StorageFull
 from claas.core.types import ChatMessage, Rollout, SamplingParams
 from tests.api.wire import CHAT, HELLO, assert_error, events
@@ -135,6 +135,49 @@ async def test_a_client_that_leaves_frees_its_slots(socket_client: httpx.AsyncCl
     assert sum(len(reply.response_token_ids) for reply in replies) == 6
     assert all(reply.text == REPLY[: len(reply.response_token_ids)] for reply in replies)
     assert not world.inference.running
+
+
+@pytest.mark.parametrize("service_ends", [False, True])
+async def test_a_block_ends_when_the_client_leaves_and_its_cleaning_up_is_awaited(service_ends: bool) -> None:
+    leave, cleaned = asyncio.Event(), list[str]()
+
+    async def receive() -> Message:
+        await leave.wait()
+        return {"type": "http.disconnect"}
+
+    async def work() -> bool:
+        async with UnlessLeft(receive) as client:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)
+                cleaned.append("up")
+        return client.left
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    leave.set()
+    if service_ends:
+        await asyncio.sleep(0)
+        task.cancel()
+    done = await asyncio.gather(task, return_exceptions=True)
+    assert cleaned == ["up"]
+    assert isinstance(done[0], asyncio.CancelledError) if service_ends else done == [True]
+    assert task.cancelling() == (1 if service_ends else 0)
+
+
+async def test_a_block_that_ends_by_itself_is_left_alone() -> None:
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError("nobody leaves")
+
+    async with UnlessLeft(receive) as client:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not client.left
+    with pytest.raises(ValueError, match="its own"):
+        async with UnlessLeft(receive):
+            raise ValueError("its own")
 
 
 async def test_an_error_in_a_stream_is_its_last_event(socket_client: httpx.AsyncClient, world: World) -> None:

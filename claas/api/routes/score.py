@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from claas.api.deps import ServicesDep
 from claas.api.schemas.models import ScoreRequest, ScoreResponse
-from claas.api.streaming import CLIENT_LEFT, unless_left
+from claas.api.streaming import CLIENT_LEFT, UnlessLeft
 from claas.inference.base import GenerationRequest
 
 router = APIRouter(tags=["serving"])
@@ -23,8 +23,9 @@ async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> 
         template_kwargs=body.chat_template_kwargs or {},
         adapter=await services.lifecycle.resolve_model(body.model),
     )
-    found = await unless_left(request.receive, services.inference.score(asked, body.completion))
-    if found is None:
+    async with UnlessLeft(request.receive) as client:
+        found = await services.inference.score(asked, body.completion)
+    if client.left:
         return Response(status_code=CLIENT_LEFT)
     answer = ScoreResponse(
         model=body.model,
