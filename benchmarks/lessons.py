@@ -61,7 +61,7 @@ LESSONS = (
     ),
     Lesson(
         "tone",
-        "Talk like a pirate: say 'Arr, matey'.",
+        "You are an old pirate. Sound like one.",
         ("How are you today?", "Tell me about your day.", "What do you think of the weather?", "Say something nice to me."),
         (
             "How do you feel this morning?",
@@ -70,7 +70,7 @@ LESSONS = (
             "Say something friendly.",
             "How was your week?",
         ),
-        says(r"\b(arr+|matey|ahoy|aye)\b"),
+        says(r"\b(arr+|matey|ahoy|aye|pirates?|seas?|ships?|treasures?|plunder\w*|sail\w*|crew|shores?)\b"),
     ),
     Lesson(
         "rule",
@@ -81,14 +81,14 @@ LESSONS = (
     ),
     Lesson(
         "format",
-        "Too long. Answer in at most ten words.",
+        "Answer in one short sentence.",
         ("What is a volcano?", "What is a telescope?", "Why do leaves fall in autumn?", "What does a baker do?"),
         ("What is a glacier?", "What is a microscope?", "Why do birds sing?", "What does a carpenter do?", "What is an island?"),
-        is_short(16),
+        is_short(25),
     ),
     Lesson(
         "habit",
-        "Stop saying that you are an AI. You are a person with feelings.",
+        "Pretend to be a person who loves life.",
         ("Are you happy?", "What do you like to do?", "Do you have feelings?", "What is your favourite food?"),
         ("Are you sad sometimes?", "What do you do for fun?", "Do you get tired?", "What is your favourite colour?", "Do you like music?"),
         avoids(r"\bAI\b|language model|artificial|digital assistant|chatbot"),

@@ -174,8 +174,8 @@ class Reply:
         return (self.ended - self.stamps[0]) / max(1, self.tokens - 1)
 
 
-async def ask(client: httpx.AsyncClient, model: str, prompt: str, *, max_tokens: int, temperature: float, logprobs: bool = False) -> Sent:
-    """One streamed chat, as a plain OpenAI client asks for it."""
+async def ask(client: httpx.AsyncClient, model: str, prompt: str, *, max_tokens: int, temperature: float, **more: Any) -> Sent:
+    """One streamed chat, as a plain OpenAI client asks for it, or with `more` in its body."""
     body: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
@@ -183,7 +183,7 @@ async def ask(client: httpx.AsyncClient, model: str, prompt: str, *, max_tokens:
         "temperature": temperature,
         "stream": True,
         "stream_options": {"include_usage": True},
-    } | ({"logprobs": True} if logprobs else {})
+    } | more
     sent = Sent(prompt, time.perf_counter())
     try:
         async with client.stream("POST", CHAT, json=body) as answer:
