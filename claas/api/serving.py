@@ -175,7 +175,9 @@ class Replies:
             log.exception("the abandoned reply %s could not be stored", self.ask.reply_id(reply.index))
 
     async def _store(self, reply: Reply, finish_reason: FinishReason) -> None:
-        """Of an adapter that was deleted while it spoke nothing is kept."""
+        """Of an adapter that was deleted while it spoke nothing is kept, nor of a reply that ended before its prompt was read."""
+        if not reply.stream.prompt_token_ids:
+            return
         await self._services.rollouts.put(self._rollout(reply, finish_reason))
         adapter = reply.request.adapter
         if adapter is not None and await self._services.lifecycle.is_gone(adapter.lora_id):  # looked for only now: so none slips through

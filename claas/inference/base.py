@@ -80,7 +80,10 @@ class GenerationChunk:
 
 
 class TokenStream(ABC):
-    """A running reply. Iterate for chunks; `aclose` (or leaving the iteration early and closing) frees its slot at once."""
+    """A running reply. Iterate for chunks; `aclose` (or leaving the iteration early and closing) frees its slot at once.
+
+    `prompt_token_ids` are empty until they are known: with the first chunk at the latest.
+    """
 
     prompt_token_ids: tuple[int, ...]
 
@@ -146,7 +149,7 @@ class InferenceBackend(ABC):
         """Admit the request and return its stream; sampling has not necessarily begun.
 
         Raises:
-            ContextOverflow: the prompt (with `max_tokens`, if given) does not fit.
+            ContextOverflow: the prompt (with `max_tokens`, if given) does not fit. Where that is known late, the stream may raise it.
             BadRequest: a parameter this backend cannot honour, named.
             NotFound: the adapter version is gone.
             Overloaded: the waiting queue is full.

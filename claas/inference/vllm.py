@@ -11,9 +11,11 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from pydantic import JsonValue, SecretStr
+from pydantic_core import to_json
 from transformers import PreTrainedTokenizerBase
 
 from claas.core.errors import BackendUnavailable, BadRequest, ClaasError, ConfigurationError, ContextOverflow
@@ -28,6 +30,8 @@ from claas.models.chat_template import encode_reply, render
 
 BACKGROUND_AT_ONCE = 8
 LEAST_VERSION = (0, 31)
+TEMPLATE_TOKENS = 1024
+"""More than a chat template adds of its own."""
 SPECIMEN = "CLaaS: naïve façade, 12 345 £ and 你好 — def f(x): return x<0"
 
 T = TypeVar("T")
@@ -199,10 +203,12 @@ class VllmInference(InferenceBackend):
         async with AsyncExitStack() as stack:
             model = await self._speaker(request, stack)
             route, body = route_and_body(request, model, self._tokenizer, self._max_context)
-            events = await stack.enter_async_context(self._http.events(route, body))
-            stream = VllmStream(events, EventReader(request.sampling.top_logprobs), self._control)
-            await stream.begin()
-            self._check_fits(stream.prompt_token_ids, request.sampling.max_tokens or 0)
+            content, max_tokens = to_json(body), request.sampling.max_tokens or 0
+            events = await stack.enter_async_context(self._http.events(route, content))
+            check = partial(self._check_fits, max_tokens=max_tokens)
+            stream = VllmStream(events, EventReader(request.sampling.top_logprobs), check, self._control)
+            if len(content) + TEMPLATE_TOKENS + max_tokens > self._max_context:  # else it fits: no token is shorter than a byte
+                await stream.begin()
             self._streams.add(stream)
             stack.callback(self._streams.discard, stream)
             stream.owns(stack.pop_all())
@@ -249,21 +255,24 @@ class VllmInference(InferenceBackend):
 
 
 class VllmStream(TokenStream):
-    """One reply as vLLM sends it."""
+    """One reply as vLLM sends it. `check` refuses a prompt that is too long, once vLLM has told its tokens: with the first event."""
 
-    def __init__(self, events: AsyncIterator[bytes], reader: EventReader, control: VllmControl) -> None:
+    def __init__(
+        self, events: AsyncIterator[bytes], reader: EventReader, check: Callable[[Sequence[int]], None], control: VllmControl
+    ) -> None:
+        self.prompt_token_ids = ()
         self._events = events
         self._reader = reader
+        self._check = check
         self._control = control
         self._resources = AsyncExitStack()
         self._ahead: GenerationChunk | None = None
         self._ended = self._aborted = False
 
     async def begin(self) -> None:
-        """Wait for vLLM's first word: from then on `prompt_token_ids` is known."""
-        while self._ahead is None and not self._reader.prompt_token_ids:
-            self._ahead = self._reader.read(await self._next())
-        self.prompt_token_ids = self._reader.prompt_token_ids
+        """Wait for vLLM's first word, so that what does not fit is refused before anything is answered."""
+        while self._ahead is None and not self.prompt_token_ids:
+            self._ahead = await self._read()
 
     def owns(self, resources: AsyncExitStack) -> None:
         """What is let go when the stream is closed."""
@@ -278,7 +287,7 @@ class VllmStream(TokenStream):
         try:
             chunk, self._ahead = self._ahead, None
             while chunk is None:
-                chunk = self._reader.read(await self._next())
+                chunk = await self._read()
         except ClaasError as error:
             await self.aclose()
             if self._aborted:
@@ -293,11 +302,16 @@ class VllmStream(TokenStream):
             await self.aclose()  # now, not when the last byte has been read by who asked: an update may be waiting
         return chunk
 
-    async def _next(self) -> bytes:
+    async def _read(self) -> GenerationChunk | None:
+        """What the next event adds, if anything."""
         data = await anext(self._events, b"[DONE]")
         if data == b"[DONE]":
             raise BackendUnavailable("vLLM ended a reply without saying how: send the request again")
-        return data
+        chunk = self._reader.read(data)
+        if not self.prompt_token_ids:
+            self.prompt_token_ids = self._reader.prompt_token_ids
+            self._check(self.prompt_token_ids)
+        return chunk
 
     async def abort(self) -> None:
         """End it from outside: whoever iterates gets a last chunk that says "abort"."""

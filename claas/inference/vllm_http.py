@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
+from pydantic_core import to_json
 from yarl import URL
 
 from claas.core.errors import BackendUnavailable, ClaasError, ContextOverflow, NotFound, Overloaded, UpstreamRefused
@@ -25,6 +26,7 @@ CONNECT_TIMEOUT_S = 5.0
 KEEPALIVE_S = 3.0  # shorter than the server's own, so that it never closes a connection that is about to be used
 PROBE_AFTER_S, PROBES = 15, 4  # of TCP, where nothing comes: a machine that is gone says no goodbye
 RETRY_AFTER_S = 5
+JSON = {"content-type": "application/json"}
 TRIES_S = (0.1, 0.4)
 MAX_WAITS = 40
 """Times that an answer may be asked for elsewhere; Modal gives one after 150 s."""
@@ -66,28 +68,32 @@ class VllmHttp:
             NotFound, ContextOverflow, UpstreamRefused, Overloaded, BackendUnavailable: what vLLM answered instead.
         """
         try:
-            async with asyncio.timeout(timeout_s), await self._send(method, path, body, params) as response:
-                content = await _content_of(response)
+            content = None if body is None else to_json(body)
+            async with asyncio.timeout(timeout_s), await self._send(method, path, content, params) as response:
+                answer = await _content_of(response)
         except TimeoutError:
             raise BackendUnavailable(f"vLLM did not answer {path!r} within {timeout_s:g} s", retry_after_s=RETRY_AFTER_S) from None
         try:
-            return json.loads(content)
+            return json.loads(answer)
         except ValueError:
-            return content.decode(errors="replace")
+            return answer.decode(errors="replace")
 
     @asynccontextmanager
-    async def events(self, path: str, body: object) -> AsyncIterator[AsyncIterator[bytes]]:
-        """The data of each server-sent event, as it comes. Leaving the context ends the request there. Raises like `ask`."""
-        async with await self._send("POST", path, body) as response:
+    async def events(self, path: str, content: bytes) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The data of each server-sent event, as it comes, in answer to this JSON. Leaving the context ends the request there.
+
+        Raises like `ask`.
+        """
+        async with await self._send("POST", path, content) as response:
             yield _data_of_events(response)
 
     async def aclose(self) -> None:
         await self._session.close()
 
-    async def _send(self, method: str, path: str, body: object, params: Mapping[str, str] | None = None) -> aiohttp.ClientResponse:
+    async def _send(self, method: str, path: str, content: bytes | None, params: Mapping[str, str] | None = None) -> aiohttp.ClientResponse:
         """The response, its body not read yet, if it is a success."""
         url = URL(self._base_url + path)
-        response = await self._reach(method, url.update_query(params) if params else url, body)
+        response = await self._reach(method, url.update_query(params) if params else url, content)
         for _ in range(MAX_WAITS):
             if response.status != 303:
                 break
@@ -98,15 +104,16 @@ class VllmHttp:
         async with response:
             raise error_of(response.status, await _content_of(response))
 
-    async def _reach(self, method: str, url: URL, body: object) -> aiohttp.ClientResponse:
+    async def _reach(self, method: str, url: URL, content: bytes | None) -> aiohttp.ClientResponse:
         """Whatever is answered, its body not read yet. Raises VllmDown."""
+        headers = {} if content is None else JSON
         for wait_s in TRIES_S:
             try:
-                return await self._session.request(method, url, json=body, allow_redirects=False)
+                return await self._session.request(method, url, data=content, headers=headers, allow_redirects=False)
             except aiohttp.ClientError:
                 await asyncio.sleep(wait_s)
         try:
-            return await self._session.request(method, url, json=body, allow_redirects=False)
+            return await self._session.request(method, url, data=content, headers=headers, allow_redirects=False)
         except aiohttp.ClientError as error:
             raise VllmDown("vLLM does not answer: it is starting, stopped, or somewhere else than VLLM_BASE_URL says") from error
 

@@ -20,6 +20,7 @@ from claas.core.types import ChatMessage, Rollout, SamplingParams
 from tests.api.wire import CHAT, HELLO, assert_error, events
 from tests.doubles.inference import EOS_TEXT, Steps
 from tests.doubles.services import ADAPTER, World
+from tests.inference.vllm_serving import when
 
 REPLY = f"[{ADAPTER}@0] Hello"
 STREAM = HELLO | {"stream": True}
@@ -137,6 +138,21 @@ async def test_a_client_that_leaves_frees_its_slots(socket_client: httpx.AsyncCl
     assert not world.inference.running
 
 
+async def test_of_a_reply_whose_prompt_was_not_read_nothing_is_stored(
+    socket_client: httpx.AsyncClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.inference.steps = steps = Steps(0)
+    monkeypatch.setattr("tests.doubles.inference.prompt_ids", lambda _: ())
+    async with socket_client.stream("POST", CHAT, json=STREAM) as response:
+        assert response.status_code == 200, "the answer begins before the first token"
+        await asyncio.wait_for(steps.blocked.wait(), SOON)
+    monkeypatch.undo()
+    await when(lambda: not world.inference.running)
+    steps.release_many(100)
+    await collect(socket_client, STREAM)
+    assert (await stored(world)).finish_reason == "stop", "the reply before it left nothing"
+
+
 @pytest.mark.parametrize("service_ends", [False, True])
 async def test_a_block_ends_when_the_client_leaves_and_its_cleaning_up_is_awaited(service_ends: bool) -> None:
     leave, cleaned = asyncio.Event(), list[str]()
@@ -160,9 +176,9 @@ async def test_a_block_ends_when_the_client_leaves_and_its_cleaning_up_is_awaite
     if service_ends:
         await asyncio.sleep(0)
         task.cancel()
-    done = await asyncio.gather(task, return_exceptions=True)
+    (outcome,) = await asyncio.gather(task, return_exceptions=True)
     assert cleaned == ["up"]
-    assert isinstance(done[0], asyncio.CancelledError) if service_ends else done == [True]
+    assert isinstance(outcome, asyncio.CancelledError) if service_ends else outcome is True
     assert task.cancelling() == (1 if service_ends else 0)
 
 

@@ -91,7 +91,8 @@ def ask(
 
 async def drain(backend: InferenceBackend, request: GenerationRequest) -> tuple[tuple[int, ...], list[GenerationChunk]]:
     stream = await backend.stream(request)
-    return stream.prompt_token_ids, [chunk async for chunk in stream]
+    chunks = [chunk async for chunk in stream]
+    return stream.prompt_token_ids, chunks
 
 
 def together(prompt: tuple[int, ...], chunks: list[GenerationChunk]) -> Generation:

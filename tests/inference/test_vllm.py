@@ -297,6 +297,27 @@ async def test_a_prompt_that_does_not_fit(backend: VllmInference) -> None:
         await backend.stream(ask("word " * 600))
 
 
+async def test_what_surely_fits_is_answered_before_the_prompt_is_read(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    with sound_double(tiny_model.tokenizer, max_model_len=8192, step_s=0.05) as double:
+        async with serving(double, tmp_path, tiny_model.tokenizer) as backend:
+            stream = await backend.stream(ask())
+            assert stream.prompt_token_ids == ()
+            chunks = [chunk async for chunk in stream]
+            assert stream.prompt_token_ids == render(tiny_model.tokenizer, ask().messages, {})
+            assert chunks[-1].finish_reason is not None
+
+
+async def test_a_prompt_that_was_thought_to_fit_is_refused_when_it_is_read(
+    backend: VllmInference, double: VllmDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("claas.inference.vllm.TEMPLATE_TOKENS", -(10**6))
+    stream = await backend.stream(ask(max_tokens=510))
+    with pytest.raises(ContextOverflow, match="the context holds 512"):
+        await anext(aiter(stream))
+    await when(lambda: not double.engine.running)
+    assert [chunk async for chunk in stream] == [] and (await backend.complete(ask())).tokens
+
+
 @pytest.mark.parametrize(("what", "says"), [("drop", "send the request again"), ("error", "told to fail")])
 async def test_a_stream_that_breaks_says_so_and_the_next_one_works(
     backend: VllmInference, double: VllmDouble, what: str, says: str

@@ -67,7 +67,7 @@ async def test_it_asks_for_the_answer_where_it_is_told() -> None:
 async def test_events_come_from_there_too() -> None:
     with fronted(answer_body=b"data: one\n\ndata: [DONE]\n\n") as (url, _):
         vllm = VllmHttp(url, None)
-        async with vllm.events(CHAT, {}) as events:
+        async with vllm.events(CHAT, b"{}") as events:
             assert [event async for event in events] == [b"one", b"[DONE]"]
         await vllm.aclose()
 
