@@ -22,6 +22,7 @@ from tests.doubles.vllm_script import Asked, Said
 from tests.doubles.vllm_server import VllmDouble
 
 LONGEST = 128
+CONTEXT = 8192
 
 
 def say_much(_: Asked) -> Said:
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--base-model", type=Path, help="folder of the model whose tokenizer it has; default: the embedded one")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.base_model or default_model(load_settings().cache_dir))
-    with VllmDouble(tokenizer, script=say_much, step_s=args.step_ms / 1000, max_model_len=8 * LONGEST, max_num_seqs=256) as server:
+    with VllmDouble(tokenizer, script=say_much, step_s=args.step_ms / 1000, max_model_len=CONTEXT, max_num_seqs=256) as server:
         print(server.url, flush=True)
         sys.stdin.read()
 
