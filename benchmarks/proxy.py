@@ -274,7 +274,7 @@ def main() -> None:
     if args.vllm_url and args.step_ms is not None:
         parser.error("--step-ms starts a stand-in, and --vllm-url names who runs already: give one of them")
     how = {"max_tokens": args.max_tokens, "temperature": args.temperature}
-    sides = {"direct": how if args.step_ms is None else how | EXACT, "claas": how}
+    sides: dict[Side, dict[str, Any]] = {"direct": how if args.step_ms is None else how | EXACT, "claas": how}
     cores = machine()
     with running_stack(args.vllm_url, args.base_model, apart=not args.together, step_ms=args.step_ms) as stack:
         rows = asyncio.run(measure(stack, args.concurrency, args.each, args.seconds, sides))
