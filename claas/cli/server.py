@@ -109,7 +109,6 @@ def run(
                 timeout_graceful_shutdown=LAST_RESORT_S,
                 timeout_keep_alive=KEEPALIVE_S,
                 server_header=False,
-                proxy_headers=False,  # nothing here asks who sent a request
             )
             server = Server(config, services, lambda: on_ready(server, services))
             with _stop_on_signals(server) if signals else nullcontext():

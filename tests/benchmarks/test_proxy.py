@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.proxy import AIMS, Aim, Block, compare, cpu_of, summarise
+from benchmarks.proxy import AIMS, EXACT, Aim, Block, compare, cpu_of, summarise
+from claas.core.types import ChatMessage
+from claas.inference.base import GenerationRequest
+from claas.inference.vllm_wire import route_and_body
 from tests.benchmarks.made_up import reply
+from tests.models.tiny import tiny_tokenizer
 
 
 def block(first_s: float, token_s: float, *, seconds: float = 1.0, proxy_cpu_s: float = 0.0) -> Block:
@@ -64,3 +68,9 @@ def test_a_row_for_each_concurrency_and_model() -> None:
         (4, "base", 2, {"direct": 6, "claas": 6}),
     ]
     assert [set(row["aims"].values()) for row in rows] == [{"met"}, {"missed"}]
+
+
+def test_the_stand_in_is_asked_directly_for_what_claas_asks_it() -> None:
+    request = GenerationRequest(messages=(ChatMessage(role="user", content="Hello"),))
+    _, body = route_and_body(request, "model", tiny_tokenizer(), 512)
+    assert {key: body[key] for key in EXACT} == EXACT
