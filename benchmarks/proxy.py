@@ -18,7 +18,8 @@ and the client share the others. `--together` lets all three share all cores. Th
 
 A CPU that computes a model takes a little longer or shorter each time, by more than CLaaS adds. With `--step-ms 20` a stand-in that only
 speaks vLLM's protocol takes its place and gives each stream a token in that time: what remains is CLaaS's own part. Ids and logprobs are
-asked of it directly too, since what they cost it says nothing of what they cost vLLM.
+asked of it directly too, since what they cost it says nothing of what they cost vLLM. It tells how long each request waited in it for its
+first token, which hangs on when in a step it came; that is left out on both sides, and stands beside (`stand_in_wait_ms_mean`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from typing import Any, Literal
 import httpx
 import numpy as np
 
+from benchmarks.paced import first_token_waits
 from benchmarks.stack import Reply, Sent, Stack, add_options, ask, machine, read, running_stack, write
 
 Side = Literal["direct", "claas"]
@@ -82,12 +84,17 @@ AIMS = (
 class Block:
     """Some clients that asked at the same time, each a few times. `seconds` is how long each waited for its replies, on average.
 
-    `cpu_s` is what each process computed meanwhile.
+    `cpu_s` is what each process computed meanwhile. `waits` are what a stand-in kept each reply waiting for its first token, seconds.
     """
 
     replies: tuple[Reply, ...]
     seconds: float
     cpu_s: dict[str, float]
+    waits: tuple[float, ...]
+
+    @property
+    def waited(self) -> list[tuple[Reply, float]]:
+        return list(zip(self.replies, self.waits, strict=True))
 
     @property
     def tokens(self) -> int:
@@ -119,14 +126,15 @@ async def run_block(stack: Stack, side: Side, model: str, prompts: Iterator[str]
     replies = tuple(map(read, itertools.chain.from_iterable(sent)))
     if failures := [reply.failure for reply in replies if reply.failure is not None or not reply.stamps]:
         raise RuntimeError(f"{side}: {len(failures)} of {len(replies)} requests failed, the first with: {failures[0]}")
-    return Block(replies, waited / clients, {name: cpu_after[name] - cpu[name] for name in cpu})
+    waits = first_token_waits(stack.vllm_url, [reply.prompt for reply in replies]) if stack.paced else [0.0] * len(replies)
+    return Block(replies, waited / clients, {name: cpu_after[name] - cpu[name] for name in cpu}, tuple(waits))
 
 
-def figures(replies: Sequence[Reply], tokens: int, seconds: float) -> dict[str, float]:
-    """What replies came to; `tokens` in `seconds` is their throughput."""
-    first = [1000 * reply.first_token_s for reply in replies]
+def figures(replies: Sequence[tuple[Reply, float]], tokens: int, seconds: float) -> dict[str, float]:
+    """What replies, each with its wait in a stand-in, came to; `tokens` in `seconds` is their throughput."""
+    first = [1000 * (reply.first_token_s - waited) for reply, waited in replies]
     first_p50, first_p95 = np.percentile(first, (50, 95))
-    token_p50, token_p95 = np.percentile([1000 * reply.per_token_s for reply in replies], (50, 95))
+    token_p50, token_p95 = np.percentile([1000 * reply.per_token_s for reply, _ in replies], (50, 95))
     return {
         "first_token_ms_mean": float(np.mean(first)),
         "first_token_ms_median": float(first_p50),
@@ -139,7 +147,7 @@ def figures(replies: Sequence[Reply], tokens: int, seconds: float) -> dict[str, 
 
 def pooled(blocks: Sequence[Block]) -> dict[str, float]:
     """The figures of all blocks together."""
-    replies = [reply for block in blocks for reply in block.replies]
+    replies = list(itertools.chain.from_iterable(block.waited for block in blocks))
     return figures(replies, sum(block.tokens for block in blocks), sum(block.seconds for block in blocks))
 
 
@@ -166,7 +174,7 @@ def compare(direct: Sequence[Block], claas: Sequence[Block], rng: np.random.Gene
 def _redrawn(blocks: Sequence[Block], rounds: Sequence[int], rng: np.random.Generator) -> dict[str, float]:
     """The figures of these rounds' blocks, with each block's replies drawn again."""
     chosen = [blocks[at] for at in rounds]
-    replies = [block.replies[at] for block in chosen for at in rng.integers(len(block.replies), size=len(block.replies))]
+    replies = [block.waited[at] for block in chosen for at in rng.integers(len(block.replies), size=len(block.replies))]
     return figures(replies, sum(block.tokens for block in chosen), sum(block.seconds for block in chosen))
 
 
@@ -186,7 +194,8 @@ def summarise(blocks: dict[tuple[int, str, Side], list[Block]], seed: int = 0) -
         replies = {side: sum(len(b.replies) for b in blocks[concurrency, model, side]) for side in SIDES}
         cpu = {side: cpu_of(blocks[concurrency, model, side]) for side in SIDES}
         rows.append({"concurrency": concurrency, "model": model, "rounds": len(direct), "replies": replies} | compared)
-        rows[-1] |= {"cpu_s_per_1000_tokens": cpu, "aims": verdicts}
+        waits = {side: round(1000 * float(np.mean([b.waits for b in blocks[concurrency, model, side]])), 3) for side in SIDES}
+        rows[-1] |= {"stand_in_wait_ms_mean": waits, "cpu_s_per_1000_tokens": cpu, "aims": verdicts}
     return rows
 
 

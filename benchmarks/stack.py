@@ -38,11 +38,12 @@ CHAT = "/v1/chat/completions"
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A service and the vLLM behind it, which is `vllm_pid` if it runs on this machine."""
+    """A service and the vLLM behind it, which is `vllm_pid` if it runs on this machine, and only a stand-in if it is `paced`."""
 
     service: Service
     vllm_url: str
     vllm_pid: int | None
+    paced: bool = False
 
     def cpu_seconds(self) -> dict[str, float]:
         """What each process of this machine has computed since it began; vLLM's with all that it started."""
@@ -96,7 +97,7 @@ def running_stack(
         with on_cores([last]) if apart and most else nullcontext():
             service = ending.enter_context(running(folder / "data", base_model=base_model, VLLM_BASE_URL=vllm_url, **environment))
         ending.enter_context(on_cores(most) if apart and most else nullcontext())
-        yield Stack(service, vllm_url, _listener(vllm_url))
+        yield Stack(service, vllm_url, _listener(vllm_url), step_ms is not None)
 
 
 def add_options(parser: ArgumentParser, out: str, max_tokens: int) -> None:

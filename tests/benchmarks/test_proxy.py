@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
 import numpy as np
 import pytest
 
+from benchmarks.paced import PacedEngine, PacedVllm, first_token_waits
 from benchmarks.proxy import AIMS, EXACT, Aim, Block, compare, cpu_of, summarise
+from benchmarks.stack import ask, read
 from claas.core.types import ChatMessage
 from claas.inference.base import GenerationRequest
 from claas.inference.vllm_wire import route_and_body
 from tests.benchmarks.made_up import reply
+from tests.doubles.vllm_script import Said
 from tests.models.tiny import tiny_tokenizer
 
 
-def block(first_s: float, token_s: float, *, seconds: float = 1.0, proxy_cpu_s: float = 0.0) -> Block:
-    """Three replies of five tokens each, one asked after another."""
-    replies = [reply(asked, [asked + first_s + n * token_s for n in range(5)]) for asked in (0.0, 2.0, 4.0)]
-    return Block(tuple(replies), seconds, {"client": 0.1, "proxy": proxy_cpu_s})
+def block(first_s: float, token_s: float, *, seconds: float = 1.0, proxy_cpu_s: float = 0.0, waits: Sequence[float] = (0.0,) * 3) -> Block:
+    """Three replies of five tokens each, one asked after another; what each waited in a stand-in comes on top of `first_s`."""
+    begun = [(asked, asked + waited + first_s) for asked, waited in zip((0.0, 2.0, 4.0), waits, strict=True)]
+    replies = [reply(asked, [first + n * token_s for n in range(5)]) for asked, first in begun]
+    return Block(tuple(replies), seconds, {"client": 0.1, "proxy": proxy_cpu_s}, tuple(waits))
 
 
 def test_figures_ratios_and_differences_with_their_intervals() -> None:
@@ -28,6 +37,33 @@ def test_figures_ratios_and_differences_with_their_intervals() -> None:
     assert compared["token_ms_median"]["ratio"] == [1.1, 1.1, 1.1]
     assert compared["tokens_per_s"]["claas"] == 12.0
     assert compared["tokens_per_s"]["ratio"] == [0.8, 0.8, 0.8]
+
+
+def test_what_a_stand_in_kept_them_waiting_is_no_part_of_a_first_token() -> None:
+    direct = [block(0.004, 0.010, waits=(0.0, 0.019, 0.007))] * 2
+    claas = [block(0.005, 0.010, waits=(0.012, 0.001, 0.0))] * 2
+    compared = compare(direct, claas, np.random.default_rng(0), draws=50)
+    assert compared["first_token_ms_mean"]["difference"] == [1.0, 1.0, 1.0]
+    assert compared["first_token_ms_p95"]["direct"] == 4.0
+    (row,) = summarise({(1, "base", "direct"): direct, (1, "base", "claas"): claas})
+    assert row["stand_in_wait_ms_mean"] == {"direct": 8.667, "claas": 4.333}
+
+
+async def test_a_stand_in_tells_how_long_each_prompt_waited() -> None:
+    """Who comes to an idle one is served at once, who comes into a step waits for its end."""
+    script = Said("word " * 8)
+    with PacedVllm(tiny_tokenizer(), engine_class=PacedEngine, script=lambda _: script, step_s=1.0) as server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=30.0) as client:
+            how: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0}
+            first = asyncio.create_task(ask(client, "tiny", "The first.", **how))
+            await asyncio.sleep(0.1)
+            second = await ask(client, "tiny", "The second.", **how)
+            replies = [read(await first), read(second)]
+        waits = await asyncio.to_thread(first_token_waits, server.url, [reply.prompt for reply in replies])
+        assert waits[0] < 0.4 < waits[1] <= replies[1].first_token_s
+        assert await asyncio.to_thread(first_token_waits, server.url, []) == []
+        with pytest.raises(ValueError, match="not enough values"):
+            await asyncio.to_thread(first_token_waits, server.url, ["The first."])  # told once
 
 
 def test_rounds_that_differ_widen_the_interval_and_what_they_share_does_not() -> None:

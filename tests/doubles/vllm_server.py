@@ -49,6 +49,7 @@ class VllmDouble(Loopback):
         runtime_loras: bool = True,
         parsers: wire.Parsers = wire.Parsers(),  # noqa: B008 - frozen
         chunk_tokens: int = 1,
+        engine_class: type[VllmEngine] = VllmEngine,
         **engine: Any,
     ) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class VllmDouble(Loopback):
         self.faults: list[Fault] = []
         self.violations: list[str] = []
         self.chunk_tokens = chunk_tokens
-        self._new_engine: Callable[[], VllmEngine] = lambda: VllmEngine(tokenizer, violations=self.violations, **engine)
+        self._new_engine: Callable[[], VllmEngine] = lambda: engine_class(tokenizer, violations=self.violations, **engine)
         self.engine = self._new_engine()
         self._api_key, self._dev_mode, self._runtime_loras, self._parsers = api_key, dev_mode, runtime_loras, parsers
         self._draws = 0
