@@ -7,12 +7,13 @@ from starlette.responses import Response
 
 from claas.api.deps import ServicesDep
 from claas.api.formats import ChatFormat
+from claas.api.route import BodyRoute
 from claas.api.schemas.chat import ChatCompletion, ChatCompletionRequest
 from claas.api.serving import Ask
 from claas.api.streaming import Answer
 from claas.core.types import SamplingParams
 
-router = APIRouter(tags=["serving"])
+router = APIRouter(tags=["serving"], route_class=BodyRoute)
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, summary="Chat with the base model or an adapter")

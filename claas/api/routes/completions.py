@@ -7,12 +7,13 @@ from starlette.responses import Response
 
 from claas.api.deps import ServicesDep
 from claas.api.formats import TextFormat
+from claas.api.route import BodyRoute
 from claas.api.schemas.completions import Completion, CompletionRequest
 from claas.api.serving import Ask
 from claas.api.streaming import Answer
 from claas.core.types import SamplingParams
 
-router = APIRouter(tags=["serving"])
+router = APIRouter(tags=["serving"], route_class=BodyRoute)
 
 
 @router.post("/v1/completions", response_model=Completion, summary="Continue a text")
