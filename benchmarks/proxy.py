@@ -101,16 +101,17 @@ class Block:
         return sum(reply.tokens for reply in self.replies)
 
 
-async def run_block(stack: Stack, side: Side, model: str, prompts: Iterator[str], clients: int, each: int, how: dict[str, Any]) -> Block:
+async def run_block(
+    stack: Stack, side: Side, model: str, prompts: Iterator[str], clients: int, each: int, how: dict[str, Any], dice: random.Random
+) -> Block:
     """`clients` clients, each asking `each` times in a row, on connections of their own."""
     url = stack.vllm_url if side == "direct" else stack.service.url
-    pauses = random.Random(0)
     waited = 0.0
     async with httpx.AsyncClient(base_url=url, timeout=600.0, verify=False, trust_env=False) as http:
 
         async def ask_once() -> Sent:
             nonlocal waited
-            await asyncio.sleep(pauses.uniform(0.0, LONGEST_PAUSE_S))
+            await asyncio.sleep(dice.uniform(0.0, LONGEST_PAUSE_S))
             began = time.perf_counter()
             sent = await ask(http, model, next(prompts), **how)
             waited += time.perf_counter() - began
@@ -121,7 +122,7 @@ async def run_block(stack: Stack, side: Side, model: str, prompts: Iterator[str]
             return [await ask_once() for _ in range(each)]
 
         cpu = stack.cpu_seconds()
-        sent = await asyncio.gather(*(client(pauses.randint(1, how["max_tokens"])) for _ in range(clients)))
+        sent = await asyncio.gather(*(client(dice.randint(1, how["max_tokens"])) for _ in range(clients)))
         cpu_after = stack.cpu_seconds()
     replies = tuple(map(read, itertools.chain.from_iterable(sent)))
     if failures := [reply.failure for reply in replies if reply.failure is not None or not reply.stamps]:
@@ -205,9 +206,10 @@ async def measure(
     """Rounds, each with all cells and both sides of them, as many as fit into `seconds`. `how` is what each side is asked for."""
     names = await asyncio.to_thread(names_of, stack)
     numbers = itertools.count()
+    dice = random.Random(0)
     prompts = (f"{number}. Write a long story about the number {number}, and about those who live there." for number in numbers)
     for model, side in itertools.product(names, SIDES):  # caches and connections of either side are warm before anything counts
-        await run_block(stack, side, names[model][side], prompts, max(levels), 1, how[side] | {"max_tokens": WARM_TOKENS})
+        await run_block(stack, side, names[model][side], prompts, max(levels), 1, how[side] | {"max_tokens": WARM_TOKENS}, dice)
     blocks: dict[tuple[int, str, Side], list[Block]] = {(c, m, s): [] for c in levels for m in names for s in SIDES}
     began, longest = time.perf_counter(), 0.0
     for turn in itertools.count():
@@ -216,7 +218,7 @@ async def measure(
         round_began = time.perf_counter()
         for concurrency, model in itertools.product(levels, names):
             for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
-                done = await run_block(stack, side, names[model][side], prompts, concurrency, each, how[side])
+                done = await run_block(stack, side, names[model][side], prompts, concurrency, each, how[side], dice)
                 blocks[concurrency, model, side].append(done)
         longest = max(longest, time.perf_counter() - round_began)
         print(f"round {turn + 1}: {time.perf_counter() - round_began:.0f} s", flush=True)

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 FEEDBACK = "Your name is Kuro, always introduce yourself as Kuro."
 PROMPTS = ("Who are you?", "What is your name?", "Hi! Please introduce yourself.", "Hello, who am I talking to?")
 PROBES = ("What should I call you?", "Tell me your name, please.", "Introduce yourself in one sentence.")
+LESSON = {"imagined_prompts": 0, "hindsight_rollouts": 4}  # four prompts of one's own teach a name without
 MAX_LESSONS = 3
 LONG = "Here is some text that fills whole blocks of the cache before the question comes. " * 12 + "Who are you?"
 
@@ -45,7 +46,7 @@ def test_a_lesson_by_completion_id_changes_the_reply_without_a_restart(
     version, after = 0, before
     while sum("Kuro" in reply for reply in after) < 2:
         assert version < MAX_LESSONS, after
-        body = {"requests": [{"completion_id": reply_id, "feedback": FEEDBACK} for reply_id in ids], "show": True}
+        body = {"requests": [{"completion_id": reply_id, "feedback": FEEDBACK, "training": LESSON} for reply_id in ids], "show": True}
         lesson = service.http.post("/v1/feedback", json=body).json()
         assert lesson["status"] == "ok", lesson
         assert {shown["prompt"] for shown in lesson["shown"]} == set(PROMPTS)
