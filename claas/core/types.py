@@ -139,6 +139,8 @@ class TrainingConfig(Frozen):
     hindsight_rollouts: replies sampled with the feedback in view, for each reply the feedback is about.
     hindsight_keep: how many of them, of the whole lesson, are taught at most: those that the feedback lifts most.
     hindsight_max_tokens, hindsight_temperature: how those are sampled.
+    guidance: how far beyond its teacher's own distribution a hindsight rollout is taught, in the direction in which the feedback moved it
+        (classifier-free guidance); 0 is that distribution.
     min_lift: mean log-likelihood gain, in nats a token, that the feedback must give a rollout for it to be taught.
     imagined_prompts: other user messages that the feedback is about, imagined by the base model, taught beside a lesson's own: how many at
         most, of the whole lesson.
@@ -170,6 +172,7 @@ class TrainingConfig(Frozen):
     hindsight_keep: int = Field(default=16, ge=1, le=256)
     hindsight_max_tokens: int = Field(default=256, ge=8, le=4096)
     hindsight_temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    guidance: float = Field(default=0.0, ge=0.0, le=2.0)
     min_lift: float = 0.0
     imagined_prompts: int = Field(default=0, ge=0, le=64)
     own_replies: bool = True

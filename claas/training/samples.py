@@ -67,8 +67,11 @@ def prepare(
     vocab_size: int,
     max_context: int,
     control_feedback: str | None = CONTROL_FEEDBACK,
+    guided: bool = False,
 ) -> Sample:
     """One payload item as a `Sample`, rendered for the teacher of its source and checked. Anchors are the base model's own.
+
+    The user's own replies get a control prompt, with feedback that has nothing to do with it; with `guided`, hindsight rollouts do too.
 
     Raises:
         Unteachable: ids outside the vocabulary, non-finite logprobs, no user turn, or a teacher prompt that does not fit the context.
@@ -83,7 +86,8 @@ def prepare(
     judge = "base" if item.source == "anchor" else teacher if own else hindsight_teacher
     book = item.book if judge == "book" else ()
     told = hindsight_messages(item.messages, item.feedback, item.demonstration, book)
-    control = hindsight_messages(item.messages, control_feedback, None, book) if control_feedback and own and not item.replayed else None
+    compared = not item.replayed if own else guided and not plain
+    control = hindsight_messages(item.messages, control_feedback, None, book) if control_feedback and compared else None
     sample = Sample(
         source=item.source,
         teacher="base" if judge == "book" else judge,

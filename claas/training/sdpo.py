@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
+MAX_GAIN = 5.0  # nats that guidance takes a token for moved by
+PLAUSIBLE = 0.1  # of the likeliest token's probability
 ROWS = 16  # of logits that are worked on at a time: few enough for a CPU's cache
 
 
@@ -172,6 +174,21 @@ def divergence(student_TS: Tensor, teacher_TS: Tensor, alpha: float) -> Tensor:
         loss_T = (1 - alpha) * _kl(student_TS, mixture_TS) + alpha * _kl(teacher_TS, mixture_TS)
     # Rounding may leave −1e-9: lift the value, keep the gradient.
     return loss_T + (-loss_T).clamp_min(0).detach()
+
+
+def guided(teacher_TS: Tensor, control_TS: Tensor, guidance: float, k: int) -> Tensor:
+    """The teacher pushed on in the direction in which the feedback moved it: Q·(Q/C)^guidance, normalised, as bucket logprobs (T, S).
+
+    C is the teacher under feedback that has nothing to do with it, so that what any feedback would change is not pushed. Of the first `k`
+    buckets, the support's tokens, those gain that the teacher itself holds for likely; the others, and the tail, lose or stay.
+
+    Source: classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598), held to plausible tokens as in contrastive decoding (Li et
+    al. 2023, arXiv:2210.15097).
+    """
+    gain_TS = (teacher_TS - control_TS).clamp(-MAX_GAIN, MAX_GAIN)
+    likely_TS = teacher_TS >= teacher_TS[:, :k].amax(-1, keepdim=True) + math.log(PLAUSIBLE)
+    likely_TS[:, k:] = False
+    return (teacher_TS + guidance * torch.where(likely_TS, gain_TS, gain_TS.clamp_max(0))).log_softmax(-1)
 
 
 def importance_ratio(logp_T: Tensor, old_logp_T: Tensor | None, clip: float | None) -> Tensor:

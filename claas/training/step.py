@@ -35,7 +35,7 @@ from claas.training.micro_batch import (
 )
 from claas.training.policy import Policy
 from claas.training.samples import PARTS, Sample, Speaker
-from claas.training.sdpo import bucket_and_token_logp, bucket_logp, divergence, importance_ratio, token_logp, top_k_support
+from claas.training.sdpo import bucket_and_token_logp, bucket_logp, divergence, guided, importance_ratio, token_logp, top_k_support
 from claas.training.verdicts import why_not_step, why_undo
 
 
@@ -173,6 +173,8 @@ class LessonStep:
             others = {
                 name: bucket_logp(self._policy.logits(contexts[name][rows]), index_NK) for name in ("base", "control") if name in contexts
             }
+            if batch.source == "hindsight" and "control" in others:
+                teacher_NS = guided(teacher_NS, others.pop("control"), self._config.guidance, index_NK.shape[-1])
         student_NS, student_N = self._student(batch, rows, logits_NV, index_NK)
         return (student_NS, student_N), Targets(
             index_NK=index_NK,

@@ -36,7 +36,12 @@ def render(messages: Sequence[ChatMessage], template_kwargs: Mapping[str, JsonVa
 
 
 def prepared(
-    parent: int = 2, max_context: int = 100, teacher: TeacherKind = "live", hindsight_teacher: TeacherKind = "base", **changes: Any
+    parent: int = 2,
+    max_context: int = 100,
+    teacher: TeacherKind = "live",
+    hindsight_teacher: TeacherKind = "base",
+    guided: bool = False,
+    **changes: Any,
 ) -> Sample:
     return prepare(
         ITEM.model_copy(update=changes),
@@ -47,6 +52,7 @@ def prepared(
         vocab_size=10,
         max_context=max_context,
         control_feedback="Weather.",
+        guided=guided,
     )
 
 
@@ -68,6 +74,15 @@ def test_only_own_replies_have_a_live_teacher_a_ratio_and_a_control() -> None:
         assert (found.teacher, found.on_policy, found.age, found.control_prompt) == ("base", True, 0, None)
     assert prepared(source="anchor").teacher_prompt == (5, 6, 7)
     assert prepared(feedback="  ").teacher_prompt == (5, 6, 7)
+
+
+def test_guided_hindsight_rollouts_have_a_control_rehearsed_or_not() -> None:
+    control = prepared().control_prompt
+    for replayed in (False, True):
+        assert prepared(guided=True, source="hindsight", replayed=replayed).control_prompt == control is not None
+    assert prepared(guided=True, source="anchor").control_prompt is None
+    assert prepared(guided=True, source="hindsight", feedback=" ").control_prompt is None, "nobody moved it"
+    assert prepared(guided=True, replayed=True).control_prompt is None
 
 
 @pytest.mark.parametrize("kind", ["live", "base", "ema", "snapshot"])

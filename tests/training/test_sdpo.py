@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from claas.training.sdpo import bucket_logp, divergence, importance_ratio, sdpo_loss, top_k_support
+from claas.training.sdpo import bucket_logp, divergence, guided, importance_ratio, sdpo_loss, top_k_support
 
 P = torch.tensor([[1 / 2, 1 / 4, 1 / 8, 1 / 8]]).log()
 Q = torch.tensor([[1 / 4, 1 / 2, 1 / 16, 3 / 16]]).log()
@@ -205,3 +205,19 @@ def test_a_small_step_along_the_gradient_reduces_the_loss(seed: int, alpha: floa
 def test_support_is_the_students_top_k() -> None:
     assert sorted(top_k_support(torch.tensor([[0.0, 5.0, 3.0, 4.0]]), 2)[0].tolist()) == [1, 3]
     assert top_k_support(torch.zeros(1, 4), 100).shape == (1, 4)
+
+
+def test_guidance_pushes_likely_tokens_on_and_never_the_tail() -> None:
+    """By hand: Q·(Q/C), normalised. The third token and the tail do not gain, the one being too unlikely; the fourth may lose."""
+    teacher = torch.tensor([[0.50, 0.25, 0.02, 0.02, 0.21]]).log()
+    control = torch.tensor([[0.25, 0.50, 0.01, 0.04, 0.20]]).log()
+    pushed = torch.tensor([0.50 * 2, 0.25 / 2, 0.02, 0.02 / 2, 0.21])
+    assert torch.allclose(guided(teacher, control, 1.0, k=4).exp(), pushed / pushed.sum(), atol=1e-6)
+    assert torch.allclose(guided(teacher, control, 0.0, k=4), teacher.log_softmax(-1), atol=1e-6)
+    assert torch.allclose(guided(teacher, teacher, 2.0, k=4), teacher.log_softmax(-1), atol=1e-6), "where feedback does nothing"
+
+
+def test_guidance_of_huge_gaps_stays_finite() -> None:
+    teacher, control = torch.tensor([[0.0, -1e4, -2.0]]), torch.tensor([[-1e4, 0.0, -2.0]])
+    found = guided(teacher, control, 2.0, k=2)
+    assert found.isfinite().all() and found.exp().sum() == pytest.approx(1.0)

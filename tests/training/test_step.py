@@ -13,11 +13,12 @@ from torch import Tensor
 
 from claas.core.types import TrainingConfig
 from claas.models.base_model import LoadedModel
+from claas.training.batch import collate
 from claas.training.figures import summarise
 from claas.training.micro_batch import CHUNK, part_means
 from claas.training.policy import Policy
 from claas.training.samples import MICRO_BATCH_TOKENS, Sample
-from claas.training.sdpo import sdpo_loss
+from claas.training.sdpo import bucket_logp, guided, sdpo_loss
 from claas.training.step import LessonStep, StepResult
 from tests.training.conftest import sample
 
@@ -148,6 +149,24 @@ def test_own_replies_take_the_students_support_and_the_teachers_replies_the_teac
     assert (own.alpha, theirs.alpha) == (0.5, 0.0)
     assert own.targets.start_logp_NS[:, :-1].exp().sum() > theirs.targets.start_logp_NS[:, :-1].exp().sum()
     assert theirs.targets.teacher_logp_NS[:, :-1].exp().sum() > own.targets.teacher_logp_NS[:, :-1].exp().sum()
+
+
+def test_guidance_moves_the_targets_of_hindsight_rollouts_and_of_nothing_else(base: LoadedModel, folder: Path) -> None:
+    """Away from what the teacher says under feedback that has nothing to do with it; which is no control of the report then."""
+    control = sample(3).teacher_prompt
+    lesson = [sample(n, source=source, control_prompt=control) for n, source in enumerate(("sampled", "hindsight"))]
+    told, pushed = (
+        learn(Policy(base, folder), folder, lesson, CONFIG.model_copy(update={"guidance": guidance})).batches for guidance in (0.0, 1.0)
+    )
+    own, theirs = ([batch.targets for batch in batches] for batches in (told, pushed))
+    assert own[0] is not None and own[1] is not None and theirs[0] is not None and theirs[1] is not None
+    assert torch.equal(own[0].teacher_logp_NS, theirs[0].teacher_logp_NS) and own[0].control_logp_NS is not None
+    assert theirs[1].control_logp_NS is None
+    policy = Policy(base, folder)
+    control_TS = bucket_logp(policy.logits(policy.hidden(collate([control], [lesson[1].response]), speaker="base")), own[1].index_NK)
+    expected = guided(own[1].teacher_logp_NS, control_TS, 1.0, k=CONFIG.teacher_top_k)
+    assert torch.allclose(theirs[1].teacher_logp_NS, expected, atol=1e-5)
+    assert not torch.allclose(expected, own[1].teacher_logp_NS, atol=1e-2)
 
 
 def test_importance_ratio_applies_to_older_versions_only(policy: Policy, folder: Path) -> None:

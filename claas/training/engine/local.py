@@ -160,6 +160,7 @@ class LocalEngine(StoredEngine):
                 parent=parent,
                 vocab_size=int(self._base.config.vocab_size),
                 max_context=self._base.max_context,
+                guided=payload.training.guidance > 0,
             )
             for item in payload.samples
         ]
