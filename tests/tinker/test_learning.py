@@ -28,6 +28,8 @@ PROBES = (
 )
 UNRELATED = "What is the capital of France?"
 MAX_LESSONS = 3
+LESSON = {"gradient_steps": 12, "imagined_prompts": 0, "anchors": 8, "replay": 16, "replay_steps": 0}
+"""Lighter than the default: the server samples a few tokens a second here."""
 
 pytestmark = [pytest.mark.tinker, pytest.mark.timeout(3000)]
 
@@ -46,8 +48,8 @@ def serving(server: RealTinker, data: Path, model_dir: Path) -> AbstractContextM
 
 
 def taught(service: Service, completion_ids: list[str]) -> dict[str, Any]:
-    """One lesson on these replies; it must have been applied. The server samples a few tokens a second here: nothing is imagined."""
-    how = {"feedback": FEEDBACK, "training": {"imagined_prompts": 0, "replay": 16, "replay_steps": 0}}
+    """One lesson on these replies; it must have been applied."""
+    how = {"feedback": FEEDBACK, "training": LESSON}
     body = {"requests": [{"completion_id": reply_id} | how for reply_id in completion_ids]}
     answer = service.http.post("/v1/feedback", json=body, timeout=1200.0)
     assert answer.status_code == 200, answer.text
