@@ -140,7 +140,7 @@ class TrainingConfig(Frozen):
     hindsight_keep: how many of them, of the whole lesson, are taught at most: those that the feedback lifts most.
     hindsight_max_tokens, hindsight_temperature: how those are sampled.
     guidance: how far beyond its teacher's own distribution a hindsight rollout is taught, in the direction in which the feedback moved it
-        (classifier-free guidance); 0 is that distribution.
+        (classifier-free guidance); 0 is that distribution. Demonstrations and what is sampled with them in view are taught without.
     min_lift: mean log-likelihood gain, in nats a token, that the feedback must give a rollout for it to be taught.
     imagined_prompts: other user messages that the feedback is about, imagined by the base model, taught beside a lesson's own: how many at
         most, of the whole lesson.

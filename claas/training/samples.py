@@ -71,7 +71,8 @@ def prepare(
 ) -> Sample:
     """One payload item as a `Sample`, rendered for the teacher of its source and checked. Anchors are the base model's own.
 
-    The user's own replies get a control prompt, with feedback that has nothing to do with it; with `guided`, hindsight rollouts do too.
+    The user's own replies get a control prompt, with feedback that has nothing to do with it; with `guided`, hindsight rollouts do too,
+    but for those of a demonstration: that says itself how far to go.
 
     Raises:
         Unteachable: ids outside the vocabulary, non-finite logprobs, no user turn, or a teacher prompt that does not fit the context.
@@ -86,7 +87,7 @@ def prepare(
     judge = "base" if item.source == "anchor" else teacher if own else hindsight_teacher
     book = item.book if judge == "book" else ()
     told = hindsight_messages(item.messages, item.feedback, item.demonstration, book)
-    compared = not item.replayed if own else guided and not plain
+    compared = not item.replayed if own else guided and not plain and item.demonstration is None
     control = hindsight_messages(item.messages, control_feedback, None, book) if control_feedback and compared else None
     sample = Sample(
         source=item.source,

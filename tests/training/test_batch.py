@@ -82,6 +82,7 @@ def test_guided_hindsight_rollouts_have_a_control_rehearsed_or_not() -> None:
         assert prepared(guided=True, source="hindsight", replayed=replayed).control_prompt == control is not None
     assert prepared(guided=True, source="anchor").control_prompt is None
     assert prepared(guided=True, source="hindsight", feedback=" ").control_prompt is None, "nobody moved it"
+    assert prepared(guided=True, source="hindsight", demonstration="Hello!").control_prompt is None, "that is as far as it goes"
     assert prepared(guided=True, replayed=True).control_prompt is None
 
 
