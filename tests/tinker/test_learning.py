@@ -28,7 +28,7 @@ PROBES = (
 )
 UNRELATED = "What is the capital of France?"
 MAX_LESSONS = 3
-LESSON = {"gradient_steps": 12, "imagined_prompts": 0, "anchors": 8, "replay": 16, "replay_steps": 0}
+LESSON = {"imagined_prompts": 0, "anchors": 8, "replay": 16, "replay_steps": 0}
 """Lighter than the default: the server samples a few tokens a second here."""
 
 pytestmark = [pytest.mark.tinker, pytest.mark.timeout(3000)]

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 FEEDBACK = "Your name is Kuro, always introduce yourself as Kuro."
 PROMPTS = ("Who are you?", "What is your name?", "Hi! Please introduce yourself.", "Hello, who am I talking to?")
 PROBES = ("What should I call you?", "Tell me your name, please.", "Introduce yourself in one sentence.")
-LESSON = {"gradient_steps": 12, "hindsight_rollouts": 4, "imagined_prompts": 0, "anchors": 8}
+LESSON = {"hindsight_rollouts": 4, "imagined_prompts": 0, "anchors": 8}
 """Lighter than the default: four prompts of one's own teach a name without imagined ones."""
 MAX_LESSONS = 3
 LONG = "Here is some text that fills whole blocks of the cache before the question comes. " * 12 + "Who are you?"
