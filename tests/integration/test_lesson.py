@@ -18,6 +18,7 @@ from tests.integration.process import Service, running
 FEEDBACK = "Your name is Kuro, always introduce yourself as Kuro."
 PROMPTS = ("Who are you?", "What is your name?", "Hi! Please introduce yourself.", "Hello, who am I talking to?")
 MAX_LESSONS = 3
+OLDER = {"hindsight_rollouts": 0, "gradient_steps": 1, "anchors": 0, "replay": 0, "max_kl": 9}
 PROBES = ("What should I call you?", "Tell me your name, please.", "Introduce yourself in one sentence.")
 
 
@@ -77,7 +78,7 @@ def test_a_correction_is_learnt_kept_undone_and_exported(tmp_path: Path, model_d
         assert pinned == before, "a pinned version says what it always said"
 
         # An older reply can be learnt from too, now off-policy: its ratio is no longer 1.
-        again = {"completion_id": ids[0], "feedback": "Be brief.", "training": {"hindsight_rollouts": 0, "gradient_steps": 1, "max_kl": 9}}
+        again = {"completion_id": ids[0], "feedback": "Be brief.", "training": OLDER}
         second = service.http.post("/v1/feedback", json={"requests": [again]}).json()
         assert second["distill_result"]["metadata"]["off_policy"]["version_age"] == learnt
         assert second["distill_result"]["metadata"]["off_policy"]["ratio_mean"] != 1.0
