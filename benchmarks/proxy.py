@@ -18,8 +18,10 @@ and the client share the others. `--together` lets all three share all cores. Th
 
 A CPU that computes a model takes a little longer or shorter each time, by more than CLaaS adds. With `--step-ms 20` a stand-in that only
 speaks vLLM's protocol takes its place and gives each stream a token in that time: what remains is CLaaS's own part. Ids and logprobs are
-asked of it directly too, since what they cost it says nothing of what they cost vLLM. It tells how long each request waited in it for its
-first token, which hangs on when in a step it came; that is left out on both sides, and stands beside (`stand_in_wait_ms_mean`).
+asked of it directly too, since what they cost it says nothing of what they cost vLLM. It tells how long each request waited in it for
+its first token, which hangs on when in a step it came (`stand_in_wait_ms_mean`): that is part of the first token's time, and most of its
+noise. It is not left out: where client and stand-in share a core, what holds a request up on its way shortens its wait, and that differs by
+side. Shorter steps have less of it.
 """
 
 from __future__ import annotations
@@ -93,10 +95,6 @@ class Block:
     waits: tuple[float, ...]
 
     @property
-    def waited(self) -> list[tuple[Reply, float]]:
-        return list(zip(self.replies, self.waits, strict=True))
-
-    @property
     def tokens(self) -> int:
         return sum(reply.tokens for reply in self.replies)
 
@@ -131,11 +129,11 @@ async def run_block(
     return Block(replies, waited / clients, {name: cpu_after[name] - cpu[name] for name in cpu}, tuple(waits))
 
 
-def figures(replies: Sequence[tuple[Reply, float]], tokens: int, seconds: float) -> dict[str, float]:
-    """What replies, each with its wait in a stand-in, came to; `tokens` in `seconds` is their throughput."""
-    first = [1000 * (reply.first_token_s - waited) for reply, waited in replies]
+def figures(replies: Sequence[Reply], tokens: int, seconds: float) -> dict[str, float]:
+    """What replies came to; `tokens` in `seconds` is their throughput."""
+    first = [1000 * reply.first_token_s for reply in replies]
     first_p50, first_p95 = np.percentile(first, (50, 95))
-    token_p50, token_p95 = np.percentile([1000 * reply.per_token_s for reply, _ in replies], (50, 95))
+    token_p50, token_p95 = np.percentile([1000 * reply.per_token_s for reply in replies], (50, 95))
     return {
         "first_token_ms_mean": float(np.mean(first)),
         "first_token_ms_median": float(first_p50),
@@ -148,7 +146,7 @@ def figures(replies: Sequence[tuple[Reply, float]], tokens: int, seconds: float)
 
 def pooled(blocks: Sequence[Block]) -> dict[str, float]:
     """The figures of all blocks together."""
-    replies = list(itertools.chain.from_iterable(block.waited for block in blocks))
+    replies = list(itertools.chain.from_iterable(block.replies for block in blocks))
     return figures(replies, sum(block.tokens for block in blocks), sum(block.seconds for block in blocks))
 
 
@@ -175,7 +173,7 @@ def compare(direct: Sequence[Block], claas: Sequence[Block], rng: np.random.Gene
 def _redrawn(blocks: Sequence[Block], rounds: Sequence[int], rng: np.random.Generator) -> dict[str, float]:
     """The figures of these rounds' blocks, with each block's replies drawn again."""
     chosen = [blocks[at] for at in rounds]
-    replies = [block.waited[at] for block in chosen for at in rng.integers(len(block.replies), size=len(block.replies))]
+    replies = [block.replies[at] for block in chosen for at in rng.integers(len(block.replies), size=len(block.replies))]
     return figures(replies, sum(block.tokens for block in chosen), sum(block.seconds for block in chosen))
 
 
