@@ -146,7 +146,7 @@ def figures(replies: Sequence[Reply], tokens: int, seconds: float) -> dict[str, 
 
 def pooled(blocks: Sequence[Block]) -> dict[str, float]:
     """The figures of all blocks together."""
-    replies = list(itertools.chain.from_iterable(block.replies for block in blocks))
+    replies = [reply for block in blocks for reply in block.replies]
     return figures(replies, sum(block.tokens for block in blocks), sum(block.seconds for block in blocks))
 
 

@@ -6,11 +6,8 @@ response models) costs each request a good part of a millisecond, and none of it
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -25,15 +22,11 @@ class BodyRoute(APIRoute):
         if scope["method"] not in (self.methods or ()):
             await super().handle(scope, receive, send)  # says so
             return
-        body = await self._read(Request(scope, receive))
+        assert self.body_field is not None, "the endpoint takes a body"
+        request = Request(scope, receive)
+        said = await request.json() if await request.body() else None
+        body, errors = self.body_field.validate(said, {}, loc=("body",))
+        if errors:
+            raise RequestValidationError(errors, body=said)
         response: Response = await self.endpoint(body, services_of(scope["app"]))
         await response(scope, receive, send)
-
-    async def _read(self, request: Request) -> Any:
-        assert self.body_field is not None, "the endpoint takes a body"
-        value = await request.json() if await request.body() else None
-        try:
-            return self.body_field.field_info.annotation.model_validate(value)  # type: ignore[union-attr]
-        except ValidationError as error:
-            errors = [{**found, "loc": ("body", *found["loc"])} for found in error.errors(include_url=False)]
-            raise RequestValidationError(errors, body=value) from None
