@@ -1,58 +1,90 @@
-"""Llama's decoder layer for training on a CPU: two autograd functions with gradients written by hand, in place of some thirty nodes.
+"""Llama's decoder for training on a CPU: two autograd functions a layer, gradients written by hand, in place of some thirty nodes.
 
     attention    y = x + o(attend(rotate(q(n)), rotate(k(n)), v(n)))    n = norm(x)
     mlp          y = x + down(silu(gate(n)) · up(n))                    n = norm(x)
 
-What it saves over the plain layer: products that read the same rows share their LoRA A; sums go into the product that comes last; scores
-are taken for a block of queries at a time and only over keys they can see; nothing is kept that is cheap to make again. Arithmetic is that
-of the plain layer with transformers' eager attention: products in the model's dtype, norms and softmax in float32. Weights are frozen: only
-LoRA's A and B and x get gradients. It knows no model beyond the layer; other models keep their own layers.
+What it saves over the plain layers: tokens that all sequences of a micro-batch begin with, such as a system prompt, are computed once;
+the last layer's mlp is of positions that predict something only; products that read the same rows share their LoRA A; sums go into the
+product that comes last; scores are taken for a block of queries at a time and only over keys they can see; nothing is kept that is cheap
+to make again. Arithmetic is that of the plain layer with transformers' eager attention: products in the model's dtype, norms and softmax
+in float32. Weights are frozen: only LoRA's A and B and x get gradients. Other models keep their own layers.
 
 Shape legend
-    B  sequences   L  positions   N  B·L rows   D  hidden   F  intermediate   I  in features   O  out features   R  ranks, joined
-    K  key heads   G  query heads a key head    E  head size   Z  B·K   Q  queries of a block
+    B  sequences   P  positions that all begin with   S  each one's own, right-padded   M  P + B·S rows, shared ones first
+    N  any rows   L  queries of a sequence   D  hidden   F  intermediate   I  in features   O  out features   R  ranks, joined
+    K  key heads   G  query heads a key head    E  head size   Z  B·K   Q  queries of a block   T  keys, L or P + L
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from claas.training.lora import LoraLinear
 
 QUERIES = 128  # of a block: its scores stay in a CPU's cache
 
 
-def fuse(model: nn.Module) -> None:
-    """Let every plain Llama layer of this tree compute as above. Parameters, their names and the switch for the adapter stay."""
-    module: Any
-    for module in model.modules():
-        if type(module) is LlamaDecoderLayer and module.self_attn.config.hidden_act == "silu":
-            module.__class__ = FusedLlamaLayer
+def fuse(decoder: nn.Module) -> None:
+    """Let a plain Llama decoder compute as above. Parameters, their names and the switch for the adapter stay."""
+    if type(decoder) is not LlamaModel or decoder.config.hidden_act != "silu":
+        return
+    layers: list[Any] = list(decoder.layers)
+    if all(type(layer) is LlamaDecoderLayer for layer in layers):
+        decoder.__class__ = FusedLlamaModel
+        for layer in layers:
+            layer.__class__ = FusedLlamaLayer
+
+
+class FusedLlamaModel(LlamaModel):  # type: ignore[misc]
+    """`LlamaModel` over a micro-batch whose sequences begin alike, without cache and dropout."""
+
+    def forward(self, shared_P: Tensor, own_BS: Tensor, predict_N: Tensor) -> Tensor:
+        """Token ids → final hidden states (N, D) of those rows of the flattened (B·S) own positions that `predict_N` names."""
+        rows = _Rows(len(shared_P), *own_BS.shape)
+        x_MD = self.embed_tokens(torch.cat([shared_P, own_BS.flatten()]))
+        cos, sin = self.rotary_emb(x_MD, position_ids=torch.arange(rows.shared + rows.length, device=x_MD.device)[None])
+        *others, last = self.layers
+        for layer in others:
+            x_MD = layer(x_MD, cos=cos, sin=sin, rows=rows)
+        out_ND: Tensor = self.norm(last(x_MD, cos=cos, sin=sin, rows=rows, wanted_N=predict_N + rows.shared))
+        return out_ND
 
 
 class FusedLlamaLayer(LlamaDecoderLayer):  # type: ignore[misc]
-    """`LlamaDecoderLayer` without cache and dropout, over right-padded rows."""
+    """`LlamaDecoderLayer` over rows of shared and own positions."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """(B, L, D) → (B, L, D). A mask, as other attention kernels want one, is for the plain layer."""
-        if attention_mask is not None:
-            plain: Tensor = super().forward(hidden_states, attention_mask, **kwargs)
-            return plain
+    def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, rows: _Rows, wanted_N: Tensor | None = None) -> Tensor:
+        """(M, D) → (M, D); where some rows only are wanted, (N, D)."""
         attn, mlp = self.self_attn, self.mlp
         qkv, o = _Linears(attn.q_proj, attn.k_proj, attn.v_proj), _Linears(attn.o_proj)
         gate_up, down = _Linears(mlp.gate_proj, mlp.up_proj), _Linears(mlp.down_proj)
         heads = _Heads(attn.num_key_value_groups, attn.head_dim, attn.scaling)
         first, second = _Norm(self.input_layernorm), _Norm(self.post_attention_layernorm)
-        cos, sin = kwargs["position_embeddings"]
-        x_BLD: Tensor = _Attention.apply(hidden_states, cos, sin, first, heads, qkv, o, *qkv.halves, *o.halves)  # type: ignore[no-untyped-call]
-        y_BLD: Tensor = _Mlp.apply(x_BLD, second, gate_up, down, *gate_up.halves, *down.halves)  # type: ignore[no-untyped-call]
-        return y_BLD
+        x_MD: Tensor = _Attention.apply(hidden_states, cos, sin, rows, first, heads, qkv, o, *qkv.halves, *o.halves)  # type: ignore[no-untyped-call]
+        x_ND = x_MD if wanted_N is None else x_MD[wanted_N]
+        y_ND: Tensor = _Mlp.apply(x_ND, second, gate_up, down, *gate_up.halves, *down.halves)  # type: ignore[no-untyped-call]
+        return y_ND
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """How a micro-batch lies in M rows: `shared` ones first, then `batch` sequences of `length` each."""
+
+    shared: int
+    batch: int
+    length: int
+
+    def parts(self) -> list[tuple[slice, tuple[int, int], slice]]:
+        """Of the shared rows, if any, and the others: where they lie, as how many sequences of what length, and their positions."""
+        own = (slice(self.shared, None), (self.batch, self.length), slice(self.shared, None))
+        return [(slice(self.shared), (1, self.shared), slice(self.shared)), own] if self.shared else [own]
 
 
 # --- parts of a layer, forward and backward by hand ---
@@ -135,72 +167,118 @@ class _Linears:
 
 
 class _Heads:
-    """Causal attention with rotary positions. Queries lie as (Z, L·G, E), so that those of one key head and a range of positions adjoin."""
+    """Causal attention with rotary positions. Queries lie as (Z, L·G, E), so that those of one key head and a range of positions adjoin.
+
+    Keys may be more than the queries' own, (Z, T, E): those before are seen by every query.
+    """
 
     def __init__(self, groups: int, size: int, scaling: float) -> None:
-        self.groups, self._size, self._scaling = groups, size, scaling
+        self._groups, self._size, self._scaling = groups, size, scaling
 
-    def split(self, x_ND: Tensor, shape_BL: torch.Size, groups: int, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, rows: _Rows, cos: Tensor, sin: Tensor, q_MI: Tensor, k_MI: Tensor, v_MI: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What each row takes of the rows that it sees, (M, K·G·E), and the q, k, v of every part for the way back."""
+        mixed_MI = torch.empty_like(q_MI)
+        kept: list[Tensor] = []
+        for part, shape_BL, positions in rows.parts():
+            q_turn, k_turn = self._turns(cos, sin, positions)
+            q = self._split(q_MI[part], shape_BL, self._groups, q_turn)
+            k, v = self._split(k_MI[part], shape_BL, 1, k_turn), self._split(v_MI[part], shape_BL, 1, None)
+            if kept:
+                k, v = _after_shared(kept[1], k), _after_shared(kept[2], v)
+            self._join(self._attend(q, k, v), shape_BL, self._groups, None, mixed_MI[part])
+            kept += [q, k, v]
+        return mixed_MI, kept
+
+    def backward(self, rows: _Rows, cos: Tensor, sin: Tensor, kept: Sequence[Tensor], grad_MI: Tensor) -> list[Tensor]:
+        """Gradients of q, k and v, (M, features) each."""
+        heads, shared = len(kept[-2]) // rows.batch, rows.shared
+        grads = [torch.empty_like(grad_MI), *(grad_MI.new_empty(len(grad_MI), heads * self._size) for _ in "kv")]
+        given: list[Tensor] = []  # by the own rows to the shared ones' keys and values
+        for at, (part, shape_BL, positions) in reversed(list(enumerate(rows.parts()))):
+            q_turn, k_turn = self._turns(cos, sin, positions)
+            dq, dk, dv = self._attend_back(*kept[3 * at : 3 * at + 3], self._split(grad_MI[part], shape_BL, self._groups, None))
+            if at:
+                given = [_of_shared(dk, heads, shared), _of_shared(dv, heads, shared)]
+                dk, dv = dk[:, shared:], dv[:, shared:]
+            elif given:
+                dk, dv = dk.add_(given[0]), dv.add_(given[1])
+            self._join(dq, shape_BL, self._groups, _back(q_turn), grads[0][part])
+            self._join(dk, shape_BL, 1, _back(k_turn), grads[1][part])
+            self._join(dv, shape_BL, 1, None, grads[2][part])
+        return grads
+
+    def _split(self, x_ND: Tensor, shape_BL: tuple[int, int], groups: int, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """Rows of heads, (N, K·G·E), as (Z, L·G, E), turned to their positions."""
         x = x_ND.view(*shape_BL, -1, groups, self._size).transpose(1, 2)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         (out.copy_(x) if turn is None else _rotate(x, *turn, out))
         return out.view(-1, shape_BL[1] * groups, self._size)
 
-    def join(self, x_ZRE: Tensor, shape_BL: torch.Size, groups: int, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The way back: (Z, L·G, E) as (N, K·G·E)."""
+    def _join(self, x_ZRE: Tensor, shape_BL: tuple[int, int], groups: int, turn: tuple[Tensor, Tensor] | None, out_ND: Tensor) -> None:
+        """The way back: (Z, L·G, E) into rows (N, K·G·E)."""
         B, L = shape_BL
-        x = x_ZRE.view(B, -1, L, groups, self._size)
-        out = torch.empty(B, L, x.shape[1], groups, self._size, dtype=x.dtype, device=x.device)
-        (out.transpose(1, 2).copy_(x) if turn is None else _rotate(x, *turn, out.transpose(1, 2)))
-        return out.view(B * L, -1)
+        x, out = x_ZRE.view(B, -1, L, groups, self._size), out_ND.view(B, L, -1, groups, self._size).transpose(1, 2)
+        (out.copy_(x) if turn is None else _rotate(x, *turn, out))
 
-    def turns(self, cos: Tensor, sin: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Cosine and sine for queries, with the scaling in them, and for keys: (B or 1, 1, L, 1, E/2)."""
+    def _turns(self, cos: Tensor, sin: Tensor, positions: slice) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Cosine and sine for queries, with the scaling in them, and for keys: (1, 1, L, 1, E/2)."""
         half = self._size // 2
-        cos, sin = cos[:, None, :, None, :half], sin[:, None, :, None, :half]
+        cos, sin = cos[:, None, positions, None, :half], sin[:, None, positions, None, :half]
         return (cos * self._scaling, sin * self._scaling), (cos, sin)
 
-    def _blocks(self, L: int) -> list[tuple[slice, slice, int]]:
+    def _blocks(self, L: int, T: int) -> list[tuple[slice, slice, int]]:
         """Of each block of queries: its rows, and the keys it sees in part and their end."""
-        ends = [min(at + QUERIES, L) for at in range(0, L, QUERIES)]
-        return [(slice((at * QUERIES) * self.groups, end * self.groups), slice(at * QUERIES, end), end) for at, end in enumerate(ends)]
+        before = T - L
+        ends = [(at, min(at + QUERIES, L)) for at in range(0, L, QUERIES)]
+        return [(slice(at * self._groups, end * self._groups), slice(before + at, before + end), before + end) for at, end in ends]
 
-    def _shares(self, q_ZRE: Tensor, k_ZLE: Tensor, rows: slice, seen: slice, mask: Tensor) -> Tensor:
+    def _shares(self, q_ZRE: Tensor, k_ZTE: Tensor, rows: slice, seen: slice, mask: Tensor) -> Tensor:
         """Softmax of a block's scores, (Z, Q·G, keys up to the block's end)."""
-        scores = q_ZRE[:, rows] @ k_ZLE[:, : seen.stop].transpose(1, 2)
+        scores = q_ZRE[:, rows] @ k_ZTE[:, : seen.stop].transpose(1, 2)
         scores[:, :, seen].add_(mask[: scores.shape[1], : seen.stop - seen.start])
         return scores.softmax(-1)
 
     def _mask(self, like: Tensor, L: int) -> Tensor:
         """(Q·G, Q): −∞ where a key stands after the query."""
         side = min(L, QUERIES)
-        return like.new_full((side, side), -torch.inf).triu_(1).repeat_interleave(self.groups, 0)
+        return like.new_full((side, side), -torch.inf).triu_(1).repeat_interleave(self._groups, 0)
 
-    def forward(self, q_ZRE: Tensor, k_ZLE: Tensor, v_ZLE: Tensor) -> Tensor:
+    def _attend(self, q_ZRE: Tensor, k_ZTE: Tensor, v_ZTE: Tensor) -> Tensor:
         """(Z, L·G, E)."""
-        L = k_ZLE.shape[1]
+        L, T = q_ZRE.shape[1] // self._groups, k_ZTE.shape[1]
         mask = self._mask(q_ZRE, L)
-        outs = [self._shares(q_ZRE, k_ZLE, rows, seen, mask) @ v_ZLE[:, :end] for rows, seen, end in self._blocks(L)]
+        outs = [self._shares(q_ZRE, k_ZTE, rows, seen, mask) @ v_ZTE[:, :end] for rows, seen, end in self._blocks(L, T)]
         return torch.cat(outs, dim=1)
 
-    def backward(self, q_ZRE: Tensor, k_ZLE: Tensor, v_ZLE: Tensor, grad_ZRE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _attend_back(self, q_ZRE: Tensor, k_ZTE: Tensor, v_ZTE: Tensor, grad_ZRE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v. The last block sees every key, so it comes first and the others add to it."""
-        L = k_ZLE.shape[1]
+        L, T = q_ZRE.shape[1] // self._groups, k_ZTE.shape[1]
         mask = self._mask(q_ZRE, L)
         grad_q = torch.empty_like(q_ZRE)
         grad_k = grad_v = torch.empty(0)
-        for rows, seen, end in reversed(self._blocks(L)):
-            share, grad = self._shares(q_ZRE, k_ZLE, rows, seen, mask), grad_ZRE[:, rows]
-            grad_scores = torch._softmax_backward_data(grad @ v_ZLE[:, :end].transpose(1, 2), share, -1, share.dtype)
-            grad_q[:, rows] = grad_scores @ k_ZLE[:, :end]
+        for rows, seen, end in reversed(self._blocks(L, T)):
+            share, grad = self._shares(q_ZRE, k_ZTE, rows, seen, mask), grad_ZRE[:, rows]
+            grad_scores = torch._softmax_backward_data(grad @ v_ZTE[:, :end].transpose(1, 2), share, -1, share.dtype)
+            grad_q[:, rows] = grad_scores @ k_ZTE[:, :end]
             of_k, of_v = grad_scores.transpose(1, 2) @ q_ZRE[:, rows], share.transpose(1, 2) @ grad
-            if end == L:
+            if end == T:
                 grad_k, grad_v = of_k, of_v
             else:
                 grad_k[:, :end] += of_k
                 grad_v[:, :end] += of_v
         return grad_q, grad_k, grad_v
+
+
+def _after_shared(shared_KPE: Tensor, own_ZLE: Tensor) -> Tensor:
+    """Keys or values of each sequence, those of the shared positions before its own: (Z, P + L, E)."""
+    K, P, E = shared_KPE.shape
+    batch = len(own_ZLE) // K
+    return torch.cat([shared_KPE.expand(batch, K, P, E).reshape(-1, P, E), own_ZLE], dim=1)
+
+
+def _of_shared(grad_ZTE: Tensor, K: int, P: int) -> Tensor:
+    """What all sequences together give back to the shared positions, (K, P, E)."""
+    return grad_ZTE[:, :P].unflatten(0, (-1, K)).sum(0)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
@@ -222,40 +300,41 @@ def _back(turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_BLD: Tensor, cos: Tensor, sin: Tensor, norm: _Norm, heads: _Heads, qkv: _Linears, o: _Linears, *halves: Tensor
+        ctx: Any,
+        x_MD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        rows: _Rows,
+        norm: _Norm,
+        heads: _Heads,
+        qkv: _Linears,
+        o: _Linears,
+        *halves: Tensor,
     ) -> Tensor:
-        shape_BL, x_ND = x_BLD.shape[:2], x_BLD.flatten(0, 1)
-        q_turn, k_turn = heads.turns(cos, sin)
         lora, lora_o = qkv.lora(halves[:6]), o.lora(halves[6:])
-        n_ND, scale_N1 = norm.forward(x_ND)
-        (q, k, v), low_NR = qkv.forward(n_ND, lora)
-        q = heads.split(q, shape_BL, heads.groups, q_turn)
-        k, v = heads.split(k, shape_BL, 1, k_turn), heads.split(v, shape_BL, 1, None)
-        mixed_NI = heads.join(heads.forward(q, k, v), shape_BL, heads.groups, None)
-        (y_ND,), low_o_NR = o.forward(mixed_NI, lora_o)
-        ctx.parts = norm, heads, qkv, o
-        ctx.save_for_backward(x_ND, cos, sin, n_ND, scale_N1, low_NR, q, k, v, mixed_NI, low_o_NR, *lora, *lora_o)
-        return y_ND.add_(x_ND).view_as(x_BLD)
+        n_MD, scale_M1 = norm.forward(x_MD)
+        projected, low_MR = qkv.forward(n_MD, lora)
+        mixed_MI, kept = heads.forward(rows, cos, sin, *projected)
+        (y_MD,), low_o_MR = o.forward(mixed_MI, lora_o)
+        ctx.parts = rows, norm, heads, qkv, o
+        ctx.save_for_backward(x_MD, cos, sin, n_MD, scale_M1, low_MR, mixed_MI, low_o_MR, *lora, *lora_o, *kept)
+        return y_MD.add_(x_MD)
 
     @staticmethod
-    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, cos, sin, n_ND, scale_N1, low_NR, q, k, v, mixed_NI, low_o_NR, *lora = ctx.saved_tensors
-        norm, heads, qkv, o = ctx.parts
-        shape_BL, grad_ND = grad_BLD.shape[:2], grad_BLD.flatten(0, 1)
-        q_turn, k_turn = heads.turns(cos, sin)
-        grad_mixed, halves_o = o.backward(mixed_NI, low_o_NR, lora[4:], [grad_ND], True)
-        dq, dk, dv = heads.backward(q, k, v, heads.split(grad_mixed, shape_BL, heads.groups, None))
-        dq = heads.join(dq, shape_BL, heads.groups, _back(q_turn))
-        dk, dv = heads.join(dk, shape_BL, 1, _back(k_turn)), heads.join(dv, shape_BL, 1, None)
-        grad_n, halves = qkv.backward(n_ND, low_NR, lora[:4], [dq, dk, dv], ctx.needs_input_grad[0])
-        grad_x = None if grad_n is None else norm.backward(x_ND, scale_N1, grad_n, grad_ND).view_as(grad_BLD)
-        return grad_x, None, None, None, None, None, None, *halves, *halves_o
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
+        x_MD, cos, sin, n_MD, scale_M1, low_MR, mixed_MI, low_o_MR, *rest = ctx.saved_tensors
+        rows, norm, heads, qkv, o = ctx.parts
+        lora, lora_o, kept = rest[:4], rest[4:6], rest[6:]
+        grad_mixed, halves_o = o.backward(mixed_MI, low_o_MR, lora_o, [grad_MD], True)
+        grads = heads.backward(rows, cos, sin, kept, grad_mixed)
+        grad_n, halves = qkv.backward(n_MD, low_MR, lora, grads, ctx.needs_input_grad[0])
+        grad_x = None if grad_n is None else norm.backward(x_MD, scale_M1, grad_n, grad_MD)
+        return grad_x, None, None, None, None, None, None, None, *halves, *halves_o
 
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BLD: Tensor, norm: _Norm, gate_up: _Linears, down: _Linears, *halves: Tensor) -> Tensor:
-        x_ND = x_BLD.flatten(0, 1)
+    def forward(ctx: Any, x_ND: Tensor, norm: _Norm, gate_up: _Linears, down: _Linears, *halves: Tensor) -> Tensor:
         lora, lora_down = gate_up.lora(halves[:4]), down.lora(halves[4:])
         n_ND, scale_N1 = norm.forward(x_ND)
         (gate_NF, up_NF), low_NR = gate_up.forward(n_ND, lora)
@@ -263,14 +342,13 @@ class _Mlp(torch.autograd.Function):
         (y_ND,), low_down_NR = down.forward(opened_NF * up_NF, lora_down)
         ctx.parts = norm, gate_up, down
         ctx.save_for_backward(x_ND, n_ND, scale_N1, low_NR, gate_NF, up_NF, opened_NF, low_down_NR, *lora, *lora_down)
-        return y_ND.add_(x_ND).view_as(x_BLD)
+        return y_ND.add_(x_ND)
 
     @staticmethod
-    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, n_ND, scale_N1, low_NR, gate_NF, up_NF, opened_NF, low_down_NR, *lora = ctx.saved_tensors
         norm, gate_up, down = ctx.parts
-        grad_ND = grad_BLD.flatten(0, 1)
         grad_NF, halves_down = down.backward(opened_NF * up_NF, low_down_NR, lora[3:], [grad_ND], True)
         grad_gate = torch.ops.aten.silu_backward(grad_NF * up_NF, gate_NF)
         grad_n, halves = gate_up.backward(n_ND, low_NR, lora[:3], [grad_gate, grad_NF.mul_(opened_NF)], True)
-        return norm.backward(x_ND, scale_N1, grad_n, grad_ND).view_as(grad_BLD), None, None, None, *halves, *halves_down
+        return norm.backward(x_ND, scale_N1, grad_n, grad_ND), None, None, None, *halves, *halves_down

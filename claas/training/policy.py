@@ -17,7 +17,7 @@ from claas.adapters.store import OPTIMIZER
 from claas.models.base_model import LoadedModel
 from claas.models.lora import read_tensors
 from claas.training.batch import Sequences
-from claas.training.fused import fuse
+from claas.training.fused import FusedLlamaModel, fuse
 from claas.training.lora import LoraLinear
 from claas.training.memory import checkpointed
 from claas.training.samples import MICRO_BATCH_TOKENS, Speaker
@@ -37,7 +37,7 @@ class Policy:
         self._peft = PeftModel.from_pretrained(base.tree(), str(folder), config=config, is_trainable=True, torch_device=str(base.device))
         causal_lm = self._peft.get_base_model()
         if base.device.type == "cpu":
-            fuse(causal_lm)
+            fuse(causal_lm.get_decoder())
         self._backbone: nn.Module = causal_lm.get_decoder()
         self._head: nn.Module = causal_lm.get_output_embeddings()
         self.teachers: dict[TeacherMemory, Teacher] = {}
@@ -52,15 +52,24 @@ class Policy:
         """Final hidden states at the positions that predict a response token, (N, D). `live` is the adapter that is trained."""
         batch = sequences.to(self.device)
         if speaker == "live":
-            out_BLD = self._backbone(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
-        elif speaker == "base":
+            return self._through_backbone(batch, {})
+        if speaker == "base":
             with self._peft.disable_adapter():
-                out_BLD = self._backbone(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
-        else:
-            worn = self._in_backbone(self.teachers[speaker].weights)
-            out_BLD = functional_call(self._backbone, worn, (), {"input_ids": batch.ids_BL, "use_cache": False}).last_hidden_state
-        hidden_ND: Tensor = out_BLD.flatten(0, 1)[batch.predict_N]
-        return hidden_ND
+                return self._through_backbone(batch, {})
+        return self._through_backbone(batch, self._in_backbone(self.teachers[speaker].weights))
+
+    def _through_backbone(self, batch: Sequences, worn: dict[str, Tensor]) -> Tensor:
+        """(N, D), with these matrices in place of the adapter's own."""
+        if isinstance(self._backbone, FusedLlamaModel):
+            fused_ND: Tensor = functional_call(self._backbone, worn, (batch.shared_P, batch.own_BS, batch.predict_N))
+            return fused_ND
+        out_BLD: Tensor = functional_call(self._backbone, worn, (), {"input_ids": batch.whole(), "use_cache": False}).last_hidden_state
+        return out_BLD[:, len(batch.shared_P) :].flatten(0, 1)[batch.predict_N]
+
+    def positions(self, sequences: Sequences) -> int:
+        """How many positions a forward computes: with the fused decoder, what all sequences begin with counts once."""
+        times = 1 if isinstance(self._backbone, FusedLlamaModel) else len(sequences.own_BS)
+        return times * len(sequences.shared_P) + sequences.own_BS.numel()
 
     def _in_backbone(self, adapter: Adapter) -> dict[str, Tensor]:
         """An adapter's matrices by their names in the decoder."""

@@ -119,7 +119,7 @@ class LessonStep:
             known = batch.targets
             contexts = {} if known else self._contexts(batch)
             hidden_ND = self._policy.hidden(batch.student)
-            self._forward_tokens += batch.student.ids_BL.numel()
+            self._forward_tokens += self._policy.positions(batch.student)
             gradients: list[Tensor] = []
             targets: list[Targets] = []
             figures: list[Measure] = []
@@ -157,7 +157,7 @@ class LessonStep:
         for name, (sequences, speaker) in passes.items():
             with self._timed(name):
                 hidden[name] = self._policy.hidden(sequences, speaker=speaker)
-            self._forward_tokens += sequences.ids_BL.numel()
+            self._forward_tokens += self._policy.positions(sequences)
         return hidden
 
     def _measure_targets(
@@ -207,7 +207,7 @@ class LessonStep:
             self._breathe()
             assert batch.targets is not None
             hidden_ND = self._policy.hidden(batch.student)
-            self._forward_tokens += batch.student.ids_BL.numel()
+            self._forward_tokens += self._policy.positions(batch.student)
             for rows in chunks(batch.tokens):
                 targets = rows_of(batch.targets, rows)
                 student = self._student(batch, rows, self._policy.logits(hidden_ND[rows]), targets.index_NK)
@@ -221,7 +221,7 @@ class LessonStep:
         for batch in self._witnesses:
             self._breathe()
             hidden_ND = self._policy.hidden(batch.student)
-            self._forward_tokens += batch.student.ids_BL.numel()
+            self._forward_tokens += self._policy.positions(batch.student)
             logps += [token_logp(self._policy.logits(hidden_ND[rows]), batch.student.targets_N[rows]) for rows in chunks(batch.tokens)]
         return logps
 

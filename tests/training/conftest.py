@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from claas.adapters.initialise import write_initial_adapter
 from claas.models.base_model import LoadedModel
@@ -42,6 +43,14 @@ def folder(base: LoadedModel, tmp_path: Path) -> Path:
 @pytest.fixture
 def policy(base: LoadedModel, folder: Path) -> Policy:
     return Policy(base, folder)
+
+
+def unfuse(policy: Policy) -> None:
+    """Let the policy compute with transformers' own Llama layers, as on a GPU."""
+    for module in policy._peft.modules():
+        for plain in (LlamaModel, LlamaDecoderLayer):
+            if isinstance(module, plain):
+                module.__class__ = plain
 
 
 def ids(seed: int, n: int) -> tuple[int, ...]:

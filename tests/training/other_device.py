@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import AttentionInterface, LlamaConfig, PretrainedConfig, Qwen3Config
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from claas.adapters.initialise import write_initial_adapter
 from claas.core.types import TrainingConfig
@@ -33,7 +32,7 @@ from claas.training.policy import ADAM_BETAS, Policy
 from claas.training.samples import Sample
 from claas.training.step import LessonStep
 from claas.training.teachers import Teacher
-from tests.training.conftest import sample
+from tests.training.conftest import sample, unfuse
 from tests.training.test_memory import SIZES, Alive, qwen3_8b, sized
 
 TRAINING = TrainingConfig(learning_rate=1e-3, teacher_top_k=100, max_kl=100.0, min_signal=0.0)
@@ -74,9 +73,8 @@ def elsewhere() -> Iterator[torch.device]:
 
 def move(policy: Policy, device: torch.device) -> None:
     """The policy as it is built there: everything on the device, plain layers."""
+    unfuse(policy)
     for module in policy._peft.modules():
-        if isinstance(module, LlamaDecoderLayer):
-            module.__class__ = LlamaDecoderLayer
         for name, parameter in [(n, p) for n, p in module._parameters.items() if p is not None]:
             there = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             module._parameters[name] = nn.Parameter(there, requires_grad=parameter.requires_grad)

@@ -152,11 +152,15 @@ def test_groups_keep_every_sample_within_the_budget(lengths: list[int], budget: 
         assert len(group) == 1 or len(group) * max(s.length for s in group) <= budget
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6))
-def test_every_response_token_is_predicted_one_position_earlier(shapes: list[tuple[int, int]]) -> None:
-    prompts = [tuple(range(1, p + 1)) for p, _ in shapes]
-    responses = [tuple(range(100, 100 + r)) for _, r in shapes]
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6), st.integers(0, 5), st.booleans())
+def test_every_response_token_is_predicted_one_position_earlier(shapes: list[tuple[int, int]], common: int, alike: bool) -> None:
+    prompts = [(*range(common), *range(first := 20 if alike else 20 * (1 + row), first + p)) for row, (p, _) in enumerate(shapes)]
+    responses = [tuple(range(200, 200 + r)) for _, r in shapes]
     batch = collate(prompts, responses)
-    flat = batch.ids_BL.flatten()
-    assert torch.equal(flat[batch.predict_N + 1], batch.targets_N)
+    shared, whole = len(batch.shared_P), batch.whole()
+    assert all(whole[row, : len(p) + len(r)].tolist() == [*p, *r] for row, (p, r) in enumerate(zip(prompts, responses, strict=True)))
+    assert torch.equal(whole[:, shared:].flatten()[batch.predict_N + 1], batch.targets_N)
+    # As much as can be is shared, but never the last token of a prompt, which predicts the first of the response.
+    shortest = min(map(len, prompts)) - 1
+    assert shared == (0 if len(shapes) == 1 else shortest if alike else min(common, shortest))
     assert batch.targets_N.tolist() == [token for response in responses for token in response]

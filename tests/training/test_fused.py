@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from claas.adapters.initialise import write_initial_adapter
 from claas.models.base_model import LoadedModel
 from claas.training.batch import collate
 from claas.training.fused import QUERIES, FusedLlamaLayer, fuse
 from claas.training.policy import Policy
-from tests.training.conftest import ids, tiny_llama
+from tests.training.conftest import ids, tiny_llama, unfuse
 
 
 def pair(folder: Path, dtype: torch.dtype, *, targets: tuple[str, ...] | None = None, bias: bool = False) -> tuple[Policy, Policy]:
@@ -29,9 +29,7 @@ def pair(folder: Path, dtype: torch.dtype, *, targets: tuple[str, ...] | None = 
     model = LoadedModel("tiny", "tiny", config, None, module, torch.device("cpu"), dtype)
     write_initial_adapter(folder, config, base_model="tiny", rank=4, alpha=8, target_modules=targets)
     fused, plain = Policy(model, folder), Policy(model, folder)
-    for layer in plain._peft.modules():
-        if isinstance(layer, FusedLlamaLayer):
-            layer.__class__ = LlamaDecoderLayer
+    unfuse(plain)
     with torch.no_grad():
         for name, parameter in fused.parameters.items():
             plain.parameters[name].copy_(parameter.normal_(std=0.2))
@@ -44,10 +42,13 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("targets", [None, ("q_proj", "v_proj", "up_proj")])
 @pytest.mark.parametrize("longest", [9, QUERIES, 2 * QUERIES + 3])
-def test_it_computes_what_the_plain_layer_does(tmp_path: Path, targets: tuple[str, ...] | None, longest: int) -> None:
+@pytest.mark.parametrize("shared", [0, 1, 7, QUERIES + 5])
+def test_it_computes_what_the_plain_layers_do(tmp_path: Path, targets: tuple[str, ...] | None, longest: int, shared: int) -> None:
     fused, plain = pair(tmp_path, torch.float32, targets=targets, bias=targets is None)
     tolerance = 1e-5
-    sequences = collate([ids(1, 3), ids(2, 4)], [ids(3, longest - 3), ids(4, 5)])
+    common = ids(5, shared)
+    sequences = collate([(*common, *ids(1, 3)), (*common, *ids(2, 4))], [ids(3, longest - 3), ids(4, 5)])
+    assert len(sequences.shared_P) == shared
     ours_ND, theirs_ND = fused.hidden(sequences), plain.hidden(sequences)
     weight_ND = torch.randn_like(ours_ND)
     (ours_ND * weight_ND).sum().backward()
@@ -88,15 +89,6 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_the_plain_layer(tmp_path: Pat
     assert 0 < mean["fused"] < 1.1 * mean["plain"], mean
 
 
-def test_another_attention_kernel_is_the_plain_layers(tmp_path: Path) -> None:
-    fused, plain = pair(tmp_path, torch.float32)
-    sequences = collate([ids(1, 3), ids(2, 4)], [ids(3, 9), ids(4, 5)])
-    expected_ND = plain.hidden(sequences)
-    fused._peft.get_base_model().set_attn_implementation("eager")
-    assert any(isinstance(layer, FusedLlamaLayer) for layer in fused._peft.modules())
-    assert relative(fused.hidden(sequences), expected_ND) < 1e-5
-
-
 def test_checkpointing_changes_nothing(tmp_path: Path) -> None:
     whole, again = pair(tmp_path, torch.float32)[0], pair(tmp_path, torch.float32)[0]
     again._peft.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
@@ -109,12 +101,14 @@ def test_checkpointing_changes_nothing(tmp_path: Path) -> None:
         assert torch.equal(parameter.grad, again.parameters[name].grad), name  # type: ignore[arg-type]
 
 
-def test_only_plain_llama_layers_are_changed() -> None:
+def test_a_decoder_with_a_layer_of_its_own_is_left_alone() -> None:
     class Other(LlamaDecoderLayer):  # type: ignore[misc]
         pass
 
-    model = tiny_llama().module
-    layers: nn.ModuleList = model.model.layers
-    layers[1].__class__ = Other
-    fuse(model)
-    assert [type(layer) for layer in layers] == [FusedLlamaLayer, Other]
+    decoder = tiny_llama().module.model
+    decoder.layers[1].__class__ = Other
+    fuse(decoder)
+    assert [type(layer) for layer in decoder.layers] == [LlamaDecoderLayer, Other] and type(decoder) is LlamaModel
+    decoder.layers[1].__class__ = LlamaDecoderLayer
+    fuse(decoder)
+    assert [type(layer) for layer in decoder.layers] == [FusedLlamaLayer] * 2

@@ -46,8 +46,8 @@ def test_it_computes_what_peft_does(tmp_path: Path, dtype: torch.dtype, toleranc
     sequences = collate([ids(1, 5), ids(2, 9)], [ids(3, 7), ids(4, 3)])
 
     def hidden(model: PeftModel) -> Tensor:
-        out: Tensor = model.get_base_model().get_decoder()(input_ids=sequences.ids_BL).last_hidden_state
-        return out.flatten(0, 1)[sequences.predict_N]
+        out: Tensor = model.get_base_model().get_decoder()(input_ids=sequences.whole()).last_hidden_state
+        return out[:, len(sequences.shared_P) :].flatten(0, 1)[sequences.predict_N]
 
     ours_ND, theirs_ND = policy.hidden(sequences), hidden(peft)
     weight_ND = torch.randn(ours_ND.shape, generator=generator).to(dtype)

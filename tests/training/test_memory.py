@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from claas.adapters.initialise import write_initial_adapter
 from claas.core.errors import StepFailed
@@ -36,7 +35,7 @@ from claas.training.memory import (
 from claas.training.policy import Policy
 from claas.training.samples import MICRO_BATCH_TOKENS
 from claas.training.step import LessonStep
-from tests.training.conftest import ids, sample
+from tests.training.conftest import ids, sample, unfuse
 
 SIZES: dict[str, Any] = {
     "vocab_size": 2000, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -100,9 +99,7 @@ def seen_bytes(base: LoadedModel, folder: Path, tokens: int) -> int:
     assert s.length == tokens
     with Alive() as alive:
         policy = Policy(base, folder, tokens)
-        for layer in policy._peft.modules():
-            if isinstance(layer, LlamaDecoderLayer):
-                layer.__class__ = LlamaDecoderLayer  # as on a GPU
+        unfuse(policy)
         result = LessonStep(policy, policy.optimizer(folder, 1e-3), training, [s], lambda: None).run()
     assert len(result.grad_norms) == 1 and result.after is not None, "the whole step ran"
     return int(alive.peak)

@@ -20,7 +20,7 @@ from claas.training.policy import Policy
 from claas.training.samples import MICRO_BATCH_TOKENS, Sample
 from claas.training.sdpo import bucket_logp, guided, sdpo_loss
 from claas.training.step import LessonStep, StepResult
-from tests.training.conftest import sample
+from tests.training.conftest import sample, unfuse
 
 CONFIG = TrainingConfig(learning_rate=1e-2, teacher_top_k=20, max_kl=100.0)
 
@@ -53,6 +53,7 @@ def after_one_accumulation(
 def naive_gradients(base: LoadedModel, folder: Path, samples: Sequence[Sample], config: TrainingConfig = CONFIG) -> dict[str, Tensor]:
     """The same by whole (T, V) logits, one sample at a time and the pure function: what the chunked, padded form must equal."""
     policy = Policy(base, folder)
+    unfuse(policy)
     tokens = sum(len(s.response) for s in samples)
     model = policy._peft
     for s in samples:
@@ -207,10 +208,20 @@ def test_minibatches_measure_the_whole_lesson_first_and_then_take_parts_in_turn(
     result = learn(policy, folder, samples, config)
     assert sorted(len(b.samples) for b in result.batches) == [1, 1, 2, 2]
     assert result.before.divergence.numel() == result.after.divergence.numel() == 30  # type: ignore[union-attr]
-    whole = sum(b.student.ids_BL.numel() for b in result.batches)
+    whole = sum(b.student.whole().numel() for b in result.batches)
     teacher = 5 * 15 + 11
     # Turns 1 and 2 take the second and third lesson group, of 2 and 1 samples, and the anchor each time.
     assert result.forward_tokens == teacher + whole + (2 + 1 + 1 + 1) * 11 + whole
+
+
+def test_what_all_prompts_of_a_micro_batch_begin_with_is_computed_once(policy: Policy, folder: Path) -> None:
+    config = CONFIG.model_copy(update={"gradient_steps": 1})
+    apart = [sample(n) for n in range(3)]
+    common = (7,) * 20
+    alike = [replace(s, student_prompt=common + s.student_prompt, teacher_prompt=common + s.teacher_prompt) for s in apart]
+    alone, together = (learn(policy, folder, samples, config).forward_tokens for samples in (apart, alike))
+    # The teacher's pass, the student's and the one after.
+    assert together == alone + 3 * len(common)
 
 
 def test_a_reply_that_is_not_taught_is_only_watched(base: LoadedModel, folder: Path) -> None:
@@ -344,7 +355,7 @@ def test_relative_change_is_the_norm_of_the_products_difference(base: LoadedMode
 def test_a_micro_batch_never_grows_past_its_tokens(policy: Policy, folder: Path) -> None:
     result = learn(policy, folder, [sample(n, prompt=100, response=100) for n in range(12)])
     assert len(result.batches) > 1
-    assert all(b.student.ids_BL.numel() <= MICRO_BATCH_TOKENS for b in result.batches)
+    assert all(b.student.whole().numel() <= MICRO_BATCH_TOKENS for b in result.batches)
 
 
 # --- earlier lessons beside the new one ---
