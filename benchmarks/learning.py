@@ -35,8 +35,8 @@ from tests.integration.process import Caller, Service, running
 
 ENOUGH = 0.8
 PROBE_TOKENS = 48
-REPLY_TOKENS = 160
-TRIES = 3
+REPLY_TOKENS = 256
+TRIES = 5
 MOST_DAMAGE = 0.05
 KEPT_FIGURES = ("reason", "first_try", "update", "retention", "cost")
 RECIPES: dict[str, dict[str, Any]] = {

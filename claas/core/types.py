@@ -141,7 +141,7 @@ class TrainingConfig(Frozen):
     hindsight_max_tokens, hindsight_temperature: how those are sampled.
     guidance: how far beyond its teacher's own distribution a hindsight rollout is taught, in the direction in which the feedback moved it
         (classifier-free guidance); 0 is that distribution. Demonstrations and what is sampled with them in view are taught without.
-    min_lift: mean log-likelihood gain, in nats a token, that the feedback must give a rollout for it to be taught.
+    min_lift: how much likelier the feedback must make a rollout than unrelated feedback does, in nats a token, for it to be taught.
     imagined_prompts: other user messages that the feedback is about, imagined by the base model, taught beside a lesson's own: how many at
         most, of the whole lesson.
     own_replies: teach the reply itself beside its hindsight rollouts; False teaches it only where none were asked for.

@@ -26,21 +26,29 @@ EARLIER_LESSONS = 2
 # Longer ones would cost more than they tell, and might not fit the context.
 MAX_PROMPT_TOKENS = 512
 MAX_SAID_CHARS = 1000
+# The greedy reply to a prompt that was taught is a loop now and then: of a few sampled ones, most must be bad too.
+SAMPLED = 3
+TEMPERATURE = 0.7
 # A reply of this many tokens or more is a loop if a smaller share of its runs of three tokens is new.
 LOOP_TOKENS = 16
 MIN_NEW_RUNS = 0.75
 # Of a reply with fewer tokens, the base model takes the missing ones for certain: a short one is no garbage.
 LEAST_TOKENS = 8
+LOOP = "a loop"
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a version is asked. `whose` says why; `told` is the conversation with what the lesson said in view, as the base judges it."""
+    """What a version is asked. `whose` says why; `told` is the conversation with what the lesson said in view, as the base judges it.
+
+    `taught` says whether a lesson was about it.
+    """
 
     whose: str
     prompt: str
     messages: tuple[ChatMessage, ...]
     told: tuple[ChatMessage, ...]
+    taught: bool = False
     template_kwargs: dict[str, JsonValue] = field(default_factory=dict)
 
 
@@ -67,10 +75,17 @@ async def find_collapse(
         reply = await _reply(inference, question, candidate, question.messages)
         if (fault := await _fault(inference, question, reply, min_logprob)) is None:
             return None
+        if fault == LOOP and question.taught and not await mostly_bad(question):
+            return None
         for other, messages in ((parent, question.messages), (None, question.messages), (None, question.told)):
             if await _fault(inference, question, await _reply(inference, question, other, messages), min_logprob) is not None:
                 return None
         return f"the new version's reply to {question.whose} {question.prompt[:80]!r} is {fault}: {reply.text[:80]!r}"
+
+    async def mostly_bad(question: Question) -> bool:
+        replies = [await _reply(inference, question, candidate, question.messages, seed) for seed in range(SAMPLED)]
+        faults = [await _fault(inference, question, reply, min_logprob) for reply in replies]
+        return len(list(filter(None, faults))) > SAMPLED / 2
 
     found = await asyncio.gather(*map(trial, asked))
     return next((reason for reason in found if reason is not None), None)
@@ -84,7 +99,7 @@ async def _fault(inference: InferenceBackend, question: Question, reply: Generat
     if text.isascii() and not re.search(r"\w", text):
         return "without a word"
     if _loops(ids):
-        return "a loop"
+        return LOOP
     request = GenerationRequest(messages=question.told, template_kwargs=question.template_kwargs, background=True)
     logprobs = (await inference.score(request, tuple(ids))).logprobs
     logprob = sum(logprobs) / max(len(logprobs), LEAST_TOKENS)
@@ -97,14 +112,19 @@ def _loops(ids: Sequence[int]) -> bool:
 
 
 async def _reply(
-    inference: InferenceBackend, question: Question, adapter: LoraRuntimeRef | None, messages: tuple[ChatMessage, ...]
+    inference: InferenceBackend,
+    question: Question,
+    adapter: LoraRuntimeRef | None,
+    messages: tuple[ChatMessage, ...],
+    seed: int | None = None,
 ) -> Generation:
+    """The greedy reply; with a seed, a sampled one."""
     return await inference.complete(
         GenerationRequest(
             messages=messages,
             template_kwargs=question.template_kwargs,
             adapter=adapter,
-            sampling=SamplingParams(temperature=0.0, max_tokens=CHECK_TOKENS),
+            sampling=SamplingParams(temperature=0.0 if seed is None else TEMPERATURE, seed=seed, max_tokens=CHECK_TOKENS),
             background=True,
         )
     )
@@ -117,7 +137,7 @@ def _unrelated(prompt: str) -> Question:
 
 def _question(whose: str, item: DistillBatchItem) -> Question:
     told = hindsight_messages(item.messages, item.feedback, item.demonstration)
-    return Question(whose, item.prompt, item.messages, told, item.template_kwargs)
+    return Question(whose, item.prompt, item.messages, told, True, item.template_kwargs)
 
 
 def _conversations(items: Sequence[DistillBatchItem]) -> list[DistillBatchItem]:

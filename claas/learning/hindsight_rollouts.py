@@ -11,11 +11,12 @@ import re
 from claas.core.types import DistillBatchItem, SamplingParams, TrainingConfig
 from claas.inference.base import Generation, GenerationRequest, InferenceBackend
 from claas.rollouts.visible import visible_text
-from claas.training.hindsight import DEMONSTRATED, HINDSIGHT_BLOCK, hindsight_messages
+from claas.training.hindsight import CONTROL_FEEDBACK, DEMONSTRATED, HINDSIGHT_BLOCK, hindsight_messages
 
 QUOTE_WORDS = 4
 LEAST_QUOTED = 3
 """Of feedback with fewer words, saying them is no quoting: "Lisbon." is the very reply that was wanted."""
+LEAST_LOOPED = 6
 _ENGLISH = re.compile(
     r"\b(the|a|an|is|are|was|be|do|does|you|your|i|my|me|it|to|of|and|in|on|for|what|who|how|why|say|please|not)\b", re.IGNORECASE
 )
@@ -50,10 +51,11 @@ async def lifted_rollouts(
         background=True,
     )
     told = plain.model_copy(update={"messages": hindsight_messages(item.messages, item.feedback, item.demonstration)})
+    told_else = plain.model_copy(update={"messages": hindsight_messages(item.messages, CONTROL_FEEDBACK)})
     replies = await asyncio.gather(*(inference.complete(told) for _ in range(n)))
     good = {reply.text.strip(): reply for reply in replies if fault(reply, item.prompt, item.feedback, item.demonstration or "") is None}
     good.pop((item.demonstration or "").strip(), None)
-    lifts = await asyncio.gather(*(_lift(reply, plain, inference) for reply in good.values()))
+    lifts = await asyncio.gather(*(_lift(reply, told_else, inference) for reply in good.values()))
     best = sorted(zip(lifts, good.values(), strict=True), key=lambda lifted: lifted[0], reverse=True)
     return [
         (lift, _sample(item, reply.text, tuple(token.id for token in reply.tokens))) for lift, reply in best if lift >= training.min_lift
@@ -66,9 +68,13 @@ async def _demonstrated(item: DistillBatchItem, demonstration: str, inference: I
     return _sample(item, demonstration, item.response_token_ids if own else await inference.reply_tokens(demonstration))
 
 
-async def _lift(reply: Generation, plain: GenerationRequest, inference: InferenceBackend) -> float:
-    """How much likelier the feedback made the reply, nats a token: one that would have come anyway has nothing to teach."""
-    without = await inference.score(plain, tuple(token.id for token in reply.tokens))
+async def _lift(reply: Generation, told_else: GenerationRequest, inference: InferenceBackend) -> float:
+    """How much likelier the feedback made the reply than another feedback does, that has nothing to do with it, nats a token.
+
+    A reply that would have come anyway has nothing to teach, and neither has one that any feedback brings about: small models speak of
+    the block that carries it ("(The user's response is …").
+    """
+    without = await inference.score(told_else, tuple(token.id for token in reply.tokens))
     return sum(token.logprob - logp for token, logp in zip(reply.tokens, without.logprobs, strict=True)) / len(reply.tokens)
 
 
@@ -103,10 +109,10 @@ def quotes(text: str, source: str, words: int = QUOTE_WORDS) -> bool:
 
 
 def is_degenerate(text: str) -> bool:
-    """Whether the text is caught in a loop: of a dozen words or more, over a fifth of the three-word runs have been said before."""
+    """Whether the text is caught in a loop: of six words or more, over a fifth of the three-word runs have been said before."""
     said = _words(text)
     runs = list(zip(said, said[1:], said[2:], strict=False))
-    return len(said) >= 12 and len(set(runs)) < 0.8 * len(runs)
+    return len(said) >= LEAST_LOOPED and len(set(runs)) < 0.8 * len(runs)
 
 
 def drifts(text: str, prompt: str, feedback: str) -> bool:

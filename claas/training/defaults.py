@@ -19,7 +19,7 @@ def default_training(n_params: int) -> TrainingConfig:
         hindsight_max_tokens=24,
         hindsight_temperature=0.5,
         guidance=0.25,
-        min_lift=0.3,
+        min_lift=0.25,
         imagined_prompts=6,
         own_replies=False,
         anchors=16,

@@ -33,11 +33,12 @@ QUERIES = 128  # of a block: its scores stay in a CPU's cache
 
 def fuse(decoder: nn.Module) -> None:
     """Let a plain Llama decoder compute as above. Parameters, their names and the switch for the adapter stay."""
-    if type(decoder) is not LlamaModel or decoder.config.hidden_act != "silu":
+    model: Any = decoder
+    if type(model) is not LlamaModel or model.config.hidden_act != "silu":
         return
-    layers: list[Any] = list(decoder.layers)
+    layers: list[Any] = list(model.layers)
     if all(type(layer) is LlamaDecoderLayer for layer in layers):
-        decoder.__class__ = FusedLlamaModel
+        model.__class__ = FusedLlamaModel
         for layer in layers:
             layer.__class__ = FusedLlamaLayer
 
@@ -196,7 +197,8 @@ class _Heads:
         given: list[Tensor] = []  # by the own rows to the shared ones' keys and values
         for at, (part, shape_BL, positions) in reversed(list(enumerate(rows.parts()))):
             q_turn, k_turn = self._turns(cos, sin, positions)
-            dq, dk, dv = self._attend_back(*kept[3 * at : 3 * at + 3], self._split(grad_MI[part], shape_BL, self._groups, None))
+            q, k, v = kept[3 * at : 3 * at + 3]
+            dq, dk, dv = self._attend_back(q, k, v, self._split(grad_MI[part], shape_BL, self._groups, None))
             if at:
                 given = [_of_shared(dk, heads, shared), _of_shared(dv, heads, shared)]
                 dk, dv = dk[:, shared:], dv[:, shared:]
@@ -278,7 +280,8 @@ def _after_shared(shared_KPE: Tensor, own_ZLE: Tensor) -> Tensor:
 
 def _of_shared(grad_ZTE: Tensor, K: int, P: int) -> Tensor:
     """What all sequences together give back to the shared positions, (K, P, E)."""
-    return grad_ZTE[:, :P].unflatten(0, (-1, K)).sum(0)
+    given_KPE: Tensor = grad_ZTE[:, :P].unflatten(0, (-1, K)).sum(0)
+    return given_KPE
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:

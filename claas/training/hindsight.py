@@ -13,6 +13,7 @@ from claas.core.types import ChatMessage
 HINDSIGHT_VERSION = 1
 HINDSIGHT_BLOCK = "\n\n(A later message from the user follows. Use it when answering: {feedback})"
 DEMONSTRATED = "Your reply should have been:\n{demonstration}"  # what the message says of a demonstration
+CONTROL_FEEDBACK = "The parcel will arrive on Thursday, between nine and eleven."  # what feedback does that has nothing to do with it
 DISLIKED = "Your usual reply to this is not good enough. Give a different, better one."  # and of a bare rating of -1
 
 

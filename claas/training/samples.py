@@ -11,9 +11,8 @@ from pydantic import JsonValue
 
 from claas.core.errors import Unteachable
 from claas.core.types import ChatMessage, DistillBatchItem, SampleSource, TeacherKind, TrainingConfig
-from claas.training.hindsight import hindsight_messages
+from claas.training.hindsight import CONTROL_FEEDBACK, hindsight_messages
 
-CONTROL_FEEDBACK = "The parcel will arrive on Thursday, between nine and eleven."
 MICRO_BATCH_TOKENS = 1024
 
 Part = Literal["lesson", "replay", "anchor"]

@@ -88,6 +88,22 @@ async def test_a_collapse_is_found_named_and_not_blamed_on_a_version_whose_paren
     assert await found(serving({prompt: text}, parent={prompt: "again and again " * 4})) is None
 
 
+@pytest.mark.parametrize(("prompt", "sampled_loops", "undone"), [("Who are you?", 1, False), ("Who are you?", 2, True), (BICYCLE, 0, True)])
+async def test_a_greedy_loop_on_what_was_taught_counts_where_sampled_replies_loop_too(
+    prompt: str, sampled_loops: int, undone: bool
+) -> None:
+    loop = "again and again " * 4
+    inference = serving({})
+
+    def reply(request: GenerationRequest) -> str:
+        greedy = request.sampling.temperature == 0.0
+        mine = request.adapter == CANDIDATE and request.messages[-1].content == prompt
+        return loop if mine and (greedy or (request.sampling.seed or 0) < sampled_loops) else SOUND
+
+    inference.reply = reply
+    assert ((await found(inference)) is not None) == undone
+
+
 @pytest.mark.parametrize("told", [False, True])
 async def test_what_the_base_model_cannot_answer_itself_is_not_held_against_a_version(told: bool) -> None:
     loop = "again and again " * 4
