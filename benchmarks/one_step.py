@@ -61,6 +61,7 @@ QWEN3_8B: dict[str, Any] = {
 class Case:
     """B replies of T tokens each, after a prompt; the teacher's prompt is longer by the feedback. Lengths in tokens.
 
+    The replies are to so many different `prompts`, as those of one group are to one; 0 gives each reply a prompt of its own.
     `vocab` None is the model's own, with its own weights; any other size gives the model random ones. `steps` counts those timed,
     after one to warm up. `model` is "default", the embedded default model, or "qwen3-8b", that model's sizes with random weights.
     """
@@ -69,6 +70,7 @@ class Case:
     response: int = 128
     prompt: int = 64
     feedback: int = 32
+    prompts: int = 0
     vocab: int | None = None
     model: str = "default"
     device: str = "cpu"
@@ -98,15 +100,17 @@ def load(case: Case) -> LoadedModel:
 
 
 def make_samples(case: Case, vocab: int) -> list[Sample]:
-    ids = torch.randint(vocab, (case.batch, case.prompt + case.feedback + case.response), generator=torch.Generator().manual_seed(0))
+    told = case.prompt + case.feedback
+    ids = torch.randint(vocab, (case.batch, told + case.response), generator=torch.Generator().manual_seed(0))
+    ids[:, :told] = ids[torch.arange(case.batch) % (case.prompts or case.batch), :told]
     return [
         Sample(
             source="sampled",
             teacher="base",
             student_prompt=tuple(row[: case.prompt]),
-            teacher_prompt=tuple(row[: case.prompt + case.feedback]),
+            teacher_prompt=tuple(row[:told]),
             control_prompt=None,
-            response=tuple(row[case.prompt + case.feedback :]),
+            response=tuple(row[told:]),
             served_logp=(-1.0,) * case.response,
             on_policy=True,
             age=0,
@@ -254,18 +258,24 @@ def _no_reward(**_: Any) -> list[float]:
 
 
 def step_flops(base: LoadedModel, case: Case) -> float:
-    """Floating point operations of a step's matrix products: each once, nothing recomputed, no gradient of frozen weights."""
+    """Floating point operations of a step's matrix products: each once, a prompt of several replies too; no gradient of frozen weights."""
     shapes = [shape for name, shape in linear_shapes(base.config).items() if name.rpartition(".")[2] in DEFAULT_TARGETS]
     config, (rank, _) = base.config, default_lora(base.n_params)
-    student, teacher = case.prompt + case.response, case.prompt + case.feedback + case.response
+    prompts, told = case.prompts or case.batch, case.prompt + case.feedback
+    student, teacher = (prompts * prompt + case.batch * case.response for prompt in (case.prompt, told))
     weights = sum(o * i for o, i in shapes)
     backbone = 2 * weights * (2 * student + teacher)
     adapter = 3 * 2 * rank * sum(o + i for o, i in shapes) * student
-    head = 3 * 2 * config.hidden_size * config.vocab_size * case.response
+    head = 3 * 2 * config.hidden_size * config.vocab_size * case.response * case.batch
     width = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
-    # Causal: half of two T×T products, and twice that backward.
-    attention = 2 * config.num_hidden_layers * width * (3 * student**2 + teacher**2)
-    return float(case.batch * (backbone + adapter + head + attention))
+
+    def seen(prompt: int) -> int:
+        """Twice the pairs of a position and one that it sees. A reply's positions see its prompt too."""
+        return prompts * prompt**2 + case.batch * ((prompt + case.response) ** 2 - prompt**2)
+
+    # Two products, and twice that backward.
+    attention = 2 * config.num_hidden_layers * width * (3 * seen(case.prompt) + seen(told))
+    return float(backbone + adapter + head + attention)
 
 
 def gemm_rate(base: LoadedModel, positions: int) -> float:
@@ -314,7 +324,7 @@ def _status(field: str) -> int:
 def measure(side: str, case: Case) -> dict[str, Any]:
     """The fastest step after the first, the loss of the first, and by how many bytes memory rose above what the loaded model took."""
     base = load(case)
-    positions = case.batch * (case.prompt + case.response)
+    positions = (case.prompts or case.batch) * case.prompt + case.batch * case.response
     if side == "floor":
         rate, flops = gemm_rate(base, positions), step_flops(base, case)
         return {"seconds": flops / rate, "flops": flops, "gemm_flops_per_s": rate, "vocab": base.config.vocab_size, **conditions(base)}

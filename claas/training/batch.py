@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 from torch import Tensor
+
+from claas.training.samples import shared_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,3 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
         predict.append(torch.arange(first, first + len(response)))
     targets_N = torch.tensor([token for response in responses for token in response])
     return Sequences(ids_BL[0, :P], ids_BL[:, P:], torch.cat(predict), targets_N)
-
-
-def shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all of several prompts begin with, short of the last of any."""
-    if len(prompts) < 2:
-        return 0
-    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))

@@ -65,14 +65,15 @@ class Measure:
     kl_to_start: Tensor
 
 
-def lesson_batches(samples: Sequence[Sample], config: TrainingConfig, device: torch.device) -> list[MicroBatch]:
+def lesson_batches(samples: Sequence[Sample], config: TrainingConfig, device: torch.device, *, sharing: bool) -> list[MicroBatch]:
+    """The lesson's micro-batches on this device; with `sharing`, what the prompts of one begin with takes no room of its own."""
     return [
         MicroBatch(
             group,
             collate([s.student_prompt for s in group], [s.response for s in group]).to(device),
             config.alpha if group[0].source == "sampled" else 0.0,
         )
-        for group in lesson_groups(samples, config)
+        for group in lesson_groups(samples, config, sharing=sharing)
     ]
 
 

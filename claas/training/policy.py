@@ -66,9 +66,14 @@ class Policy:
         out_BLD: Tensor = functional_call(self._backbone, worn, (), {"input_ids": batch.whole(), "use_cache": False}).last_hidden_state
         return out_BLD[:, len(batch.shared_P) :].flatten(0, 1)[batch.predict_N]
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether what all sequences of a micro-batch begin with is computed once."""
+        return isinstance(self._backbone, FusedLlamaModel)
+
     def positions(self, sequences: Sequences) -> int:
-        """How many positions a forward computes: with the fused decoder, what all sequences begin with counts once."""
-        times = 1 if isinstance(self._backbone, FusedLlamaModel) else len(sequences.own_BS)
+        """How many positions a forward computes."""
+        times = 1 if self.shares_prompts else len(sequences.own_BS)
         return times * len(sequences.shared_P) + sequences.own_BS.numel()
 
     def _in_backbone(self, adapter: Adapter) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 from pydantic import JsonValue
@@ -110,14 +111,14 @@ def prepare(
     return sample
 
 
-def micro_batches(samples: Sequence[Sample], max_tokens: int, max_samples: int = 0) -> list[list[Sample]]:
+def micro_batches(samples: Sequence[Sample], max_tokens: int, max_samples: int = 0, *, sharing: bool = False) -> list[list[Sample]]:
     """Group samples of similar length so that no padded group has over `max_tokens` positions (a longer sample goes alone).
 
-    `max_samples` bounds a group's size too, unless it is 0.
+    `max_samples` bounds a group's size too, unless it is 0. With `sharing`, what all prompts of a group begin with counts once.
     """
     groups: list[list[Sample]] = []
     for sample in sorted(samples, key=lambda s: s.length):
-        full = not groups or len(groups[-1]) == max_samples or (len(groups[-1]) + 1) * sample.length > max_tokens
+        full = not groups or len(groups[-1]) == max_samples or positions([*groups[-1], sample], sharing) > max_tokens
         if not full:
             groups[-1].append(sample)
         else:
@@ -125,11 +126,36 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int, max_samples: int =
     return groups
 
 
-def lesson_groups(samples: Sequence[Sample], config: TrainingConfig) -> list[list[Sample]]:
+def positions(group: Sequence[Sample], sharing: bool) -> int:
+    """How many positions the largest of a group's passes has, padded: the student's, the teacher's or the control's."""
+
+    def of(prompts: Sequence[tuple[int, ...]]) -> int:
+        longest = max(len(prompt) + len(sample.response) for prompt, sample in zip(prompts, group, strict=True))
+        shared = shared_length(prompts) if sharing else 0
+        return shared + len(group) * (longest - shared)
+
+    return max(
+        of([s.student_prompt for s in group]),
+        of([s.teacher_prompt for s in group]),
+        of([s.control_prompt or s.teacher_prompt for s in group]),
+    )
+
+
+def shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all of several prompts begin with, short of the last of any."""
+    if len(prompts) < 2:
+        return 0
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def lesson_groups(samples: Sequence[Sample], config: TrainingConfig, *, sharing: bool = False) -> list[list[Sample]]:
     """The samples of each source and part, in groups that a gradient step takes whole."""
     return [
         group
         for source in ("sampled", "hindsight", "anchor")
         for part in PARTS
-        for group in micro_batches([s for s in samples if s.source == source and s.part == part], MICRO_BATCH_TOKENS, config.minibatch)
+        for group in micro_batches(
+            [s for s in samples if s.source == source and s.part == part], MICRO_BATCH_TOKENS, config.minibatch, sharing=sharing
+        )
     ]

@@ -68,8 +68,8 @@ class LessonStep:
         self._optimizer = optimizer
         self._config = config
         self._breathe = breathe
-        self._batches = lesson_batches([s for s in samples if s.taught], config, policy.device)
-        self._witnesses = lesson_batches([s for s in samples if not s.taught], config, policy.device)
+        self._batches = lesson_batches([s for s in samples if s.taught], config, policy.device, sharing=policy.shares_prompts)
+        self._witnesses = lesson_batches([s for s in samples if not s.taught], config, policy.device, sharing=policy.shares_prompts)
         self._start = policy.snapshot()
         self._before: Measure | None = None
         self._after: Measure | None = None

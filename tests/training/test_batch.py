@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -150,6 +151,19 @@ def test_groups_keep_every_sample_within_the_budget(lengths: list[int], budget: 
     assert sorted(map(id, samples)) == sorted(id(s) for group in groups for s in group)
     for group in groups:
         assert len(group) == 1 or len(group) * max(s.length for s in group) <= budget
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), min_size=1, max_size=20), st.integers(20, 200))
+def test_what_prompts_share_takes_no_room_of_its_own(shapes: list[tuple[int, int]], budget: int) -> None:
+    samples = [
+        replace(sample(n, prompt=1, response=r), student_prompt=(*range(p), 99), teacher_prompt=(*range(p), 98, 99))
+        for n, (p, r) in enumerate(shapes)
+    ]
+    for group in micro_batches(samples, budget, sharing=True):
+        for prompts in ([s.student_prompt for s in group], [s.teacher_prompt for s in group]):
+            batch = collate(prompts, [s.response for s in group])
+            assert len(group) == 1 or len(batch.shared_P) + batch.own_BS.numel() <= budget
+    assert len(micro_batches(samples, budget, sharing=True)) <= len(micro_batches(samples, budget))
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6), st.integers(0, 5), st.booleans())

@@ -358,6 +358,18 @@ def test_a_micro_batch_never_grows_past_its_tokens(policy: Policy, folder: Path)
     assert all(b.student.whole().numel() <= MICRO_BATCH_TOKENS for b in result.batches)
 
 
+def test_samples_that_begin_alike_go_together_where_that_is_computed_once(base: LoadedModel, folder: Path) -> None:
+    long = tuple(n % 290 for n in range(400))
+    samples = [replace(s, student_prompt=long + s.student_prompt, teacher_prompt=long + s.teacher_prompt) for s in map(sample, range(6))]
+    shared, plain = Policy(base, folder), Policy(base, folder)
+    unfuse(plain)
+    together, apart = (learn(policy, folder, samples) for policy in (shared, plain))
+    assert [len(b.samples) for b in together.batches] == [6]
+    assert all(len(b.samples) <= 2 for b in apart.batches)
+    assert together.forward_tokens < apart.forward_tokens / 4
+    assert torch.allclose(together.before.divergence, apart.before.divergence, atol=1e-5)
+
+
 # --- earlier lessons beside the new one ---
 
 
