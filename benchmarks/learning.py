@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,6 +38,7 @@ ENOUGH = 0.8
 PROBE_TOKENS = 48
 REPLY_TOKENS = 256
 TRIES = 5
+UNRELATED_REPLIES = 4
 MOST_DAMAGE = 0.05
 KEPT_FIGURES = ("reason", "first_try", "update", "retention", "cost")
 RECIPES: dict[str, dict[str, Any]] = {
@@ -98,16 +100,31 @@ class Student:
         assert answer.status_code == 200, answer.text
         return [float(logprob) for logprob in answer.json()["logprobs"]]
 
-    def damage(self) -> float:
-        """KL(base‖adapter) on unrelated questions, nats a token."""
+    @cached_property
+    def _unrelated(self) -> list[tuple[str, str, list[float]]]:
+        """Unrelated questions, replies that the base model sampled to them, and its logprobs of these."""
 
-        def gaps(question: str) -> list[float]:
-            fields: dict[str, Any] = {"max_tokens": PROBE_TOKENS, "temperature": 1.0, "seed": 7}
+        def ask(asked: tuple[str, int]) -> tuple[str, str, list[float]]:
+            question, seed = asked
+            fields: dict[str, Any] = {"max_tokens": PROBE_TOKENS, "temperature": 1.0, "seed": seed}
             text = str(self._service.chat(question, self.base_model, **fields)["choices"][0]["message"]["content"])
-            base, new = (self.score(model, question, text) for model in (self.base_model, self.lora_id))
-            return [b - n for b, n in zip(base, new, strict=True)]
+            return question, text, self.score(self.base_model, question, text)
 
-        return float(statistics.mean(gap for column in _together(gaps, UNRELATED) for gap in column))
+        return _together(ask, [(question, seed) for question in UNRELATED for seed in range(UNRELATED_REPLIES)])
+
+    def damage(self) -> float:
+        """KL(base‖adapter) on unrelated questions, nats a token, without bias: the mean of r − 1 − ln r, r = P(adapter) / P(base).
+
+        Of replies that the base model sampled, r − 1 has the mean 0, so this is the KL as −ln r is, and varies far less from reply to reply
+        (Schulman 2020, "Approximating KL divergence").
+        """
+
+        def terms(known: tuple[str, str, list[float]]) -> list[float]:
+            question, text, base = known
+            ratios = [n - b for n, b in zip(self.score(self.lora_id, question, text), base, strict=True)]
+            return [math.expm1(ratio) - ratio for ratio in ratios]
+
+        return float(statistics.mean(term for column in _together(terms, self._unrelated) for term in column))
 
 
 def _together(work: Any, items: Sequence[Any]) -> list[Any]:
