@@ -12,6 +12,7 @@ Student P carries the gradient, teacher Q does not. All arithmetic is in log spa
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,9 +138,9 @@ class _Buckets(torch.autograd.Function):
         keep = ctx.needs_input_grad[0]
         share_TV = torch.empty_like(logits_TV if keep else logits_TV[:0])
         rest_T1 = logits_TV.new_empty(len(logits_TV), 1, dtype=torch.float32)
-        for rows in _blocks(logits_TV):
-            rest_RV = logits_TV[rows].to(torch.float32, copy=True).scatter_(-1, index_TK[rows], -math.inf)
-            share_RV = rest_RV.softmax(-1)
+        for rows, rest_RV, share_RV in _blocks(logits_TV, 2):
+            rest_RV.copy_(logits_TV[rows]).scatter_(-1, index_TK[rows], -math.inf)
+            torch.softmax(rest_RV, -1, out=share_RV)
             # The largest share is 1 / Σ exp(z − max), so this is the LSE, without a pass of its own.
             rest_T1[rows] = rest_RV.amax(-1, keepdim=True) - share_RV.amax(-1, keepdim=True).log()
             if keep:
@@ -151,14 +152,19 @@ class _Buckets(torch.autograd.Function):
     def backward(ctx: Any, grad_TK: Tensor, grad_T1: Tensor) -> tuple[Tensor, None]:
         share_TV, index_TK = ctx.saved_tensors
         grad_TV = torch.empty_like(share_TV)
-        for rows in _blocks(share_TV):
+        for rows, grad_RV in _blocks(share_TV, 1):
             # Scattered in float32: in bfloat16 it copies the rows first.
-            grad_TV[rows] = share_TV[rows].to(torch.float32, copy=True).mul_(grad_T1[rows]).scatter_(-1, index_TK[rows], grad_TK[rows])
+            grad_TV[rows] = grad_RV.copy_(share_TV[rows]).mul_(grad_T1[rows]).scatter_(-1, index_TK[rows], grad_TK[rows])
         return grad_TV, None
 
 
-def _blocks(logits_TV: Tensor) -> list[slice]:
-    return [slice(at, at + ROWS) for at in range(0, len(logits_TV), ROWS)]
+def _blocks(logits_TV: Tensor, buffers: int) -> Iterator[Any]:
+    """Blocks of rows in turn, each with float32 room of its size, the same for all: fresh memory costs more than what is done in it."""
+    T, V = logits_TV.shape
+    room = [logits_TV.new_empty(min(ROWS, T), V, dtype=torch.float32) for _ in range(buffers)]
+    for at in range(0, T, ROWS):
+        rows = slice(at, min(at + ROWS, T))
+        yield rows, *(buffer[: rows.stop - at] for buffer in room)
 
 
 def divergence(student_TS: Tensor, teacher_TS: Tensor, alpha: float) -> Tensor:
