@@ -1,4 +1,7 @@
-"""Reading prompts: short ones together, long ones in chunks, all in turn, so that nobody waits for another's long prompt to end."""
+"""Reading prompts: short ones together, long ones in chunks, all in turn, so that nobody waits for another's long prompt to end.
+
+A prompt that several ask for at once, as the replies of one request do, is read once.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,15 @@ class PrefillQueue:
 
     def add(self, jobs: Sequence[Job], budget: int) -> None:
         """Begin to read these prompts: in groups that fit one chunk of `budget` tokens, padding included, and long ones alone."""
-        group: list[Job] = []
+        same: dict[tuple[tuple[int, ...], int], list[Job]] = {}
         for job in sorted(jobs, key=lambda j: len(j.prompt)):
-            if group and (len(group) + 1) * len(job.prompt) > budget:
+            same.setdefault((job.prompt, id(job.adapter)), []).append(job)
+        group: list[list[Job]] = []
+        for (prompt, _), alike in same.items():
+            if group and (len(group) + 1) * len(prompt) > budget:
                 self._queue.append(_Prefill(group, self._runner))
                 group = []
-            group.append(job)
+            group.append(alike)
         if group:
             self._queue.append(_Prefill(group, self._runner))
 
@@ -49,14 +55,18 @@ class PrefillQueue:
 
 
 class _Prefill:
-    """Some prompts on their way into a cache of their own, in step."""
+    """Some prompts on their way into a cache of their own, in step: a row for each, and the jobs that want it."""
 
-    def __init__(self, jobs: list[Job], runner: ModelRunner) -> None:
-        self.jobs = jobs
+    def __init__(self, rows: list[list[Job]], runner: ModelRunner) -> None:
+        self._rows = rows
         self._runner = runner
         self._cache = runner.new_cache()
         self._n_read = 0
-        self._longest = max(len(job.prompt) for job in jobs)
+        self._longest = max(len(jobs[0].prompt) for jobs in rows)
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [job for jobs in self._rows for job in jobs]
 
     @property
     def wanted(self) -> bool:
@@ -64,14 +74,16 @@ class _Prefill:
 
     def advance(self, budget: int, board: Board) -> bool:
         """Read the next chunk; whether it was the last."""
-        start, self._n_read = self._n_read, min(self._n_read + max(1, budget // len(self.jobs)), self._longest)
-        chunks = [job.prompt[start : self._n_read] for job in self.jobs]
-        hidden_BTD = self._runner.prefill(chunks, self._cache, [job.adapter for job in self.jobs])
-        for job, hidden_TD in zip(self.jobs, hidden_BTD, strict=True):
-            job.read(start, hidden_TD, self._runner)
+        start, self._n_read = self._n_read, min(self._n_read + max(1, budget // len(self._rows)), self._longest)
+        chunks = [jobs[0].prompt[start : self._n_read] for jobs in self._rows]
+        hidden_BTD = self._runner.prefill(chunks, self._cache, [jobs[0].adapter for jobs in self._rows])
+        for jobs, hidden_TD in zip(self._rows, hidden_BTD, strict=True):
+            for job in jobs:
+                job.read(start, hidden_TD, self._runner)
         if self._n_read < self._longest:
             return False
-        for row, job in enumerate(self.jobs):
-            if not job.cancelled:
-                job.prefilled(board, self._cache, row)
+        for row, jobs in enumerate(self._rows):
+            for job in jobs:
+                if not job.cancelled:
+                    job.prefilled(board, self._cache, row)
         return True

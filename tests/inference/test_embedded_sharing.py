@@ -120,6 +120,25 @@ async def test_short_prompts_are_read_together(tiny_model_dir: Path) -> None:
     assert [len(forward) for forward in gate.seen] == [1, 3]
 
 
+async def test_a_prompt_that_several_wait_for_is_read_once_for_each_adapter(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model, gate = gated_model(tiny_model_dir)
+    own = adapter_ref(tmp_path, model, seed=1)
+    wanted = [ask("Ho", adapter, max_tokens=6, temperature=1.0, seed=seed) for adapter in (None, own) for seed in range(3)]
+    async with serving(model, max_batch=8) as backend:
+        alone = [ids(await backend.complete(request)) for request in wanted]
+        gate.seen.clear()
+        gate.close()
+        first = asyncio.create_task(backend.complete(ask("Hi", max_tokens=1)))
+        await gate.held()
+        others = [asyncio.create_task(backend.complete(request)) for request in wanted]
+        await waiting_are(backend, 6)
+        gate.open()
+        _, *replies = await asyncio.gather(first, *others)
+    assert len(set(map(tuple, alone))) > 3, "seeds and adapters tell the replies apart"
+    assert [ids(reply) for reply in replies] == alone
+    assert len(gate.seen[1]) == 2
+
+
 # --- Adapters come and go ---
 
 
