@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -89,7 +88,7 @@ async def _local(settings: Settings, progress: bool) -> Backends:
     # Heavy imports stay in here, so that the error can name what to install.
     try:
         from claas.adapters.filesystem import FilesystemAdapterStore
-        from claas.models.compute import ComputeShare
+        from claas.models.compute import ComputeShare, usable_cores
         from claas.models.load import load_base_model
         from claas.training.engine.local import LocalEngine
         from claas.training.residency import RESIDENT, Visiting
@@ -105,7 +104,7 @@ async def _local(settings: Settings, progress: bool) -> Backends:
     )
     for line in await asyncio.to_thread(lambda: list(store.recover())):
         log.warning("%s", line)
-    share = ComputeShare(os.cpu_count() or 1)
+    share = ComputeShare(usable_cores())
     residency = await asyncio.to_thread(Visiting, base) if beside_vllm else RESIDENT
     engine = LocalEngine(store, base, share, settings.allowed_init_base_models, residency)
     inference = _local_inference(settings, base, share, engine)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import PurePosixPath
@@ -40,14 +39,14 @@ async def open_modal(settings: Settings, *, progress: bool) -> tuple[TrainingEng
     if settings.modal_serving == "vllm":
         return await _with_vllm(named)
     from claas.inference.embedded import EmbeddedInference
-    from claas.models.compute import ComputeShare
+    from claas.models.compute import ComputeShare, usable_cores
 
     base = await asyncio.to_thread(load_base_model, named, progress=progress)
     inference: EmbeddedInference
     engine = await asyncio.to_thread(_engine, named, base, lambda *version: inference.in_use(*version), None)  # noqa: PLW0108 - there is none yet
     inference = EmbeddedInference(
         base,
-        ComputeShare(os.cpu_count() or 1),
+        ComputeShare(usable_cores()),
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         max_context=settings.max_context,

@@ -7,16 +7,35 @@ work, each takes its share, and while one is idle the other takes all.
 
 from __future__ import annotations
 
+import math
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
 
+CGROUP = Path("/sys/fs/cgroup")
 Side = Literal["serving", "training"]
 T = TypeVar("T")
+
+
+def usable_cores(cgroup: Path = CGROUP) -> int:
+    """How many cores this process may use: those that its CPU set, its container's quota and OMP_NUM_THREADS leave it.
+
+    More threads than that wait for each other at every operation.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        cores = cores if quota == "max" else min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass  # not Linux, or an older cgroup
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores, int(wanted)) if wanted.isdecimal() else cores)
 
 
 def in_fresh_thread(work: Callable[[], T]) -> T:

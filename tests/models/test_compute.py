@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
-from claas.models.compute import ComputeShare, in_fresh_thread
+from claas.models.compute import ComputeShare, in_fresh_thread, usable_cores
 
 
 @pytest.mark.parametrize(("cores", "serving", "training"), [(1, 1, 1), (2, 1, 1), (3, 2, 1), (8, 4, 4)])
@@ -75,3 +77,18 @@ def test_a_fresh_thread_returns_and_raises_what_its_work_does() -> None:
     assert in_fresh_thread(threading.current_thread) is not threading.current_thread()
     with pytest.raises(ZeroDivisionError):
         in_fresh_thread(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("quota", "wanted", "cores"),
+    [(None, "", 8), ("max 100000", "", 8), ("150000 100000", "", 2), ("50000 100000", "", 1), ("900000 100000", "", 8), (None, "3", 3),
+     ("200000 100000", "6", 2), (None, "0", 1), (None, "2,1", 8), ("?", "", 8)],
+)  # fmt: skip
+def test_no_more_cores_are_used_than_the_process_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str | None, wanted: str, cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert usable_cores(tmp_path) == cores

@@ -10,7 +10,6 @@ import dataclasses
 import gc
 import json
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +22,7 @@ from claas.core.errors import BackendUnavailable, ConfigurationError
 from claas.core.settings import Settings
 from claas.core.types import utc_now
 from claas.models.base_model import LoadedModel
-from claas.models.compute import ComputeShare
+from claas.models.compute import ComputeShare, usable_cores
 from claas.models.load import choose_device, load_base_model
 from claas.training.engine.local import LocalEngine
 from claas.training.engine.modal_wire import GIVEN_UP, SCHEMA, Answer, LessonCall, WorkerFacts, encode, read_call, sign_of, told
@@ -60,7 +59,7 @@ class Worker:
         self._started_at = utc_now().isoformat()
         self._base = _on_device(self._base, choose_device(self._settings.device))
         store = MountedVolumeStore(Path(self._settings.modal_volume_path), self._mount, keep_versions=self._settings.keep_versions)
-        self._engine = LocalEngine(store, self._base, ComputeShare(os.cpu_count() or 1))
+        self._engine = LocalEngine(store, self._base, ComputeShare(usable_cores()))
 
     def distill(self, request: str) -> str:
         """A `LessonCall` in, an `Answer` out; nothing is raised but what ends the container."""
