@@ -15,7 +15,7 @@ from torch import Tensor
 
 from claas.core.types import SampleSource, TrainingConfig
 from claas.training.batch import Sequences, collate
-from claas.training.samples import PARTS, Part, Sample, lesson_groups
+from claas.training.samples import MICRO_BATCH_TOKENS, PARTS, Part, Sample, lesson_groups, positions
 
 CHUNK = 128
 
@@ -75,6 +75,28 @@ def lesson_batches(samples: Sequence[Sample], config: TrainingConfig, device: to
         )
         for group in lesson_groups(samples, config, sharing=sharing)
     ]
+
+
+def fitting_together(batches: Sequence[MicroBatch], sharing: bool) -> list[list[MicroBatch]]:
+    """Micro-batches in their order, in runs that have no more positions than one may have: small ones waste the machine's time.
+
+    One whose targets are yet to be measured stays alone.
+    """
+    runs: list[list[MicroBatch]] = []
+    for batch in batches:
+        joined = [*runs[-1], batch] if runs else []
+        samples = [sample for other in joined for sample in other.samples]
+        if joined and all(other.targets for other in joined) and positions(samples, sharing) <= MICRO_BATCH_TOKENS:
+            runs[-1].append(batch)
+        else:
+            runs.append([batch])
+    return runs
+
+
+def students(batches: Sequence[MicroBatch]) -> Sequences:
+    """The student's sequences of all of these."""
+    samples = [sample for batch in batches for sample in batch.samples]
+    return collate([s.student_prompt for s in samples], [s.response for s in samples])
 
 
 def of_part(batches: Sequence[MicroBatch], values_N: Tensor, part: Part) -> Tensor:

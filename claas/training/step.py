@@ -5,7 +5,8 @@ Shape legend
 
 The backbone runs once a pass; the LM head and the loss run on `CHUNK` positions at a time, and each chunk's gradient with respect to its
 hidden states is taken at once, so that no (N, V) tensor exists and the head runs once, not twice as under checkpointing.
-Teacher targets are taken on the first pass and kept as (N, S).
+Teacher targets are taken on the first pass and kept as (N, S). There student and teacher see the same rows together, so that equal policies
+differ by nothing; gradient steps after it take as many micro-batches at a time as fit.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from claas.training.micro_batch import (
     MicroBatch,
     Targets,
     chunks,
+    fitting_together,
     join_measures,
     join_targets,
     lesson_batches,
     old_logp,
     part_means,
     rows_of,
+    students,
 )
 from claas.training.policy import Policy
 from claas.training.samples import PARTS, Sample, Speaker
@@ -113,34 +116,46 @@ class LessonStep:
         """Student forward and backward over the micro-batches, each token weighing the same. Measures targets that are not known yet."""
         self._optimizer.zero_grad(set_to_none=True)
         weight = 1.0 / sum(batch.tokens for batch in batches)
-        measures = []
-        for batch in batches:
-            self._breathe()
-            known = batch.targets
-            contexts = {} if known else self._contexts(batch)
-            hidden_ND = self._policy.hidden(batch.student)
-            self._forward_tokens += self._policy.positions(batch.student)
+        measures: list[Measure] = []
+        for fitting in fitting_together(batches, self._policy.shares_prompts):
+            contexts = [{} if batch.targets else self._contexts(batch) for batch in fitting]
+            hidden_ND = self._students(fitting)
             gradients: list[Tensor] = []
-            targets: list[Targets] = []
-            figures: list[Measure] = []
-            for rows in chunks(batch.tokens):
-                leaf_ND = hidden_ND[rows].detach().requires_grad_()
-                logits_NV = self._policy.logits(leaf_ND)
-                if known:
-                    chunk = rows_of(known, rows)
-                    student = self._student(batch, rows, logits_NV, chunk.index_NK)
-                else:
-                    student, chunk = self._measure_targets(batch, rows, logits_NV, contexts)
-                loss_N, figure = self._loss(batch, rows, student, chunk)
-                (loss_N.sum() * weight).backward()
-                assert leaf_ND.grad is not None
-                gradients.append(leaf_ND.grad)
-                targets.append(chunk)
-                figures.append(figure)
+            for batch, compared, own_ND in zip(fitting, contexts, hidden_ND.split([batch.tokens for batch in fitting]), strict=True):
+                measures.append(self._backward(batch, compared, own_ND.detach(), weight, gradients))
             hidden_ND.backward(torch.cat(gradients))
-            batch.targets = known or join_targets(targets)
-            measures.append(join_measures(figures))
         return join_measures(measures)
+
+    def _students(self, fitting: Sequence[MicroBatch]) -> Tensor:
+        """Hidden states (N, D) of the student on these micro-batches, in one forward."""
+        self._breathe()
+        sequences = students(fitting)
+        self._forward_tokens += self._policy.positions(sequences)
+        return self._policy.hidden(sequences)
+
+    def _backward(
+        self, batch: MicroBatch, contexts: dict[str, Tensor], hidden_ND: Tensor, weight: float, gradients: list[Tensor]
+    ) -> Measure:
+        """The loss of a micro-batch; its gradients with respect to the hidden states are appended, chunk by chunk."""
+        known = batch.targets
+        targets: list[Targets] = []
+        figures: list[Measure] = []
+        for rows in chunks(batch.tokens):
+            leaf_ND = hidden_ND[rows].requires_grad_()
+            logits_NV = self._policy.logits(leaf_ND)
+            if known:
+                chunk = rows_of(known, rows)
+                student = self._student(batch, rows, logits_NV, chunk.index_NK)
+            else:
+                student, chunk = self._measure_targets(batch, rows, logits_NV, contexts)
+            loss_N, figure = self._loss(batch, rows, student, chunk)
+            (loss_N.sum() * weight).backward()
+            assert leaf_ND.grad is not None
+            gradients.append(leaf_ND.grad)
+            targets.append(chunk)
+            figures.append(figure)
+        batch.targets = known or join_targets(targets)
+        return join_measures(figures)
 
     @torch.no_grad()
     def _contexts(self, batch: MicroBatch) -> dict[str, Tensor]:
@@ -204,10 +219,8 @@ class LessonStep:
         """The same tokens under the new weights."""
         measures: list[Measure] = []
         for batch in self._batches:
-            self._breathe()
             assert batch.targets is not None
-            hidden_ND = self._policy.hidden(batch.student)
-            self._forward_tokens += self._policy.positions(batch.student)
+            hidden_ND = self._students([batch])
             for rows in chunks(batch.tokens):
                 targets = rows_of(batch.targets, rows)
                 student = self._student(batch, rows, self._policy.logits(hidden_ND[rows]), targets.index_NK)
@@ -219,9 +232,7 @@ class LessonStep:
         """Logprobs of the tokens of replies that are not taught, as the policy is now."""
         logps = []
         for batch in self._witnesses:
-            self._breathe()
-            hidden_ND = self._policy.hidden(batch.student)
-            self._forward_tokens += self._policy.positions(batch.student)
+            hidden_ND = self._students([batch])
             logps += [token_logp(self._policy.logits(hidden_ND[rows]), batch.student.targets_N[rows]) for rows in chunks(batch.tokens)]
         return logps
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -212,6 +213,23 @@ def test_minibatches_measure_the_whole_lesson_first_and_then_take_parts_in_turn(
     teacher = 5 * 15 + 11
     # Turns 1 and 2 take the second and third lesson group, of 2 and 1 samples, and the anchor each time.
     assert result.forward_tokens == teacher + whole + (2 + 1 + 1 + 1) * 11 + whole
+
+
+def test_micro_batches_that_go_together_learn_what_they_do_alone(base: LoadedModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lesson = [sample(n, source="hindsight", prompt=3 + n) for n in range(4)]
+    earlier = [replace(sample(n, source="hindsight", response=3 + n), replayed=True) for n in range(5, 8)]
+    anchor = sample(9, source="anchor", teacher_prompt=sample(9).student_prompt)
+    config = CONFIG.model_copy(update={"gradient_steps": 5, "minibatch": 2})
+    counts, states = [], []
+    for most in (MICRO_BATCH_TOKENS, 1):
+        monkeypatch.setattr("claas.training.micro_batch.MICRO_BATCH_TOKENS", most)
+        policy = Policy(base, folder)
+        with mock.patch.object(policy, "hidden", wraps=policy.hidden) as hidden:
+            learn(policy, folder, [*lesson, *earlier, anchor], config)
+        counts.append(hidden.call_count)
+        states.append(policy.snapshot())
+    assert counts[1] == counts[0] + 4 * 2, "three micro-batches in one forward, in each of the four steps after the first"
+    assert close(*states)
 
 
 def test_what_all_prompts_of_a_micro_batch_begin_with_is_computed_once(policy: Policy, folder: Path) -> None:
