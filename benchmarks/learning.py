@@ -195,6 +195,7 @@ def summarise(courses: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "items_median": statistics.median(needed),
             "learnt": f"{sum(e['learnt'] for e in entries)}/{len(entries)}",
             "seconds_median": statistics.median(e["seconds"] for e in entries),
+            "kept": f"{sum(share >= ENOUGH for share in kept)}/{len(kept)}",
             "kept_median": statistics.median(kept) if kept else None,
             "damage_at_the_end_mean": round(statistics.mean(lessons[-1]["damage"] for lessons in own), 4),
         }
