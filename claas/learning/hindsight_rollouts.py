@@ -44,14 +44,13 @@ async def lifted_rollouts(
     item: DistillBatchItem, inference: InferenceBackend, training: TrainingConfig, n: int
 ) -> list[tuple[float, DistillBatchItem]]:
     """The good ones of `n` replies sampled, each with its lift, those that the feedback lifts most first."""
-    plain = GenerationRequest(
-        messages=item.messages,
+    told = GenerationRequest(
+        messages=hindsight_messages(item.messages, item.feedback, item.demonstration),
         template_kwargs=item.template_kwargs,
         sampling=SamplingParams(max_tokens=training.hindsight_max_tokens, temperature=training.hindsight_temperature),
         background=True,
     )
-    told = plain.model_copy(update={"messages": hindsight_messages(item.messages, item.feedback, item.demonstration)})
-    told_else = plain.model_copy(update={"messages": hindsight_messages(item.messages, CONTROL_FEEDBACK)})
+    told_else = told.model_copy(update={"messages": hindsight_messages(item.messages, CONTROL_FEEDBACK)})
     replies = await asyncio.gather(*(inference.complete(told) for _ in range(n)))
     good = {reply.text.strip(): reply for reply in replies if fault(reply, item.prompt, item.feedback, item.demonstration or "") is None}
     good.pop((item.demonstration or "").strip(), None)

@@ -36,7 +36,10 @@ def test_a_lesson_that_was_not_learnt_counts_as_one_item_more_and_the_last_one_i
 def test_damage_is_the_kl_of_what_the_adapter_says_of_the_base_models_replies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tokens, A and B: 0.8 and 0.2 to the base model, 0.5 each to the adapter. The replies are as the base model would sample them."""
     answers = iter([letter for _ in UNRELATED for letter in ("AAAAB", "AAAAB", "AAAAB", "AAAAB")])
-    chat = lambda *_, **__: {"choices": [{"message": {"content": next(answers)}}]}  # noqa: E731
+
+    def chat(*_: object, **__: object) -> dict[str, Any]:
+        return {"choices": [{"message": {"content": next(answers)}}]}
+
     student = Student.__new__(Student)
     student.lora_id, student.base_model = "me/a", "base"
     student._service = SimpleNamespace(chat=chat)  # type: ignore[assignment]
