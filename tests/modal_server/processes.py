@@ -38,15 +38,21 @@ class Bind:
 
 
 class MountPoints:
-    """The folders that must be there for Volumes to be mounted on; those made for it are removed in the end."""
+    """The folders that must be there for Volumes to be mounted on; those made for it are removed in the end.
+
+    Linux takes a mount away, in whichever namespace it is, once the folder that it lies on is removed: each double mounts on its own.
+    """
 
     def __init__(self) -> None:
         self._made: list[Path] = []
 
     def ensure(self, path: Path) -> None:
-        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            folder.mkdir(exist_ok=True)
+        """Raises FileExistsError for a folder that is not ours."""
+        if path in self._made:
+            return
+        missing = [folder for folder in path.parents if not folder.exists()]
+        for folder in (*reversed(missing), path):
+            folder.mkdir()
             self._made.append(folder)
 
     def remove(self) -> None:

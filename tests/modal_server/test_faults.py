@@ -10,6 +10,7 @@ import pytest
 from grpclib import Status
 from modal_proto import api_pb2 as pb
 
+from tests.modal_server.processes import MountPoints
 from tests.modal_server.server import ModalDouble
 from tests.modal_server.waiting import until
 
@@ -128,6 +129,18 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
         assert len(processes) >= 3
     until(lambda: not any(_runs_in(process, tmp_path) for process in processes))
     assert not (tmp_path / "mount").exists()
+
+
+def test_two_doubles_do_not_mount_on_the_same_place(tmp_path: Path) -> None:
+    first, second, place = MountPoints(), MountPoints(), tmp_path / "mount" / "adapters"
+    first.ensure(place)
+    first.ensure(place)
+    with pytest.raises(FileExistsError):
+        second.ensure(place)
+    second.remove()
+    assert place.is_dir()
+    first.remove()
+    assert not place.parent.exists()
 
 
 def _runs_in(process: Path, folder: Path) -> bool:

@@ -77,6 +77,11 @@ def deploy(cloud: ModalDouble, **settings: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def mounts(folder: Path) -> dict[str, str]:
+    """Settings of an app whose containers see their Volumes under `folder`: those of two doubles must not mount on the same place."""
+    return {f"CLAAS_MODAL_{kept.upper()}_PATH": str(folder / "mount" / kept) for kept in ("volume", "models")}
+
+
 @contextmanager
 def deployed(folder: Path, **settings: str) -> Iterator[Deployed]:
     """With everything that is kept anywhere under `folder`."""
@@ -85,16 +90,9 @@ def deployed(folder: Path, **settings: str) -> Iterator[Deployed]:
     ends = folder / "vllm-ends"
     (programs / "vllm").write_text(VLLM.format(python=sys.executable, root=str(ROOT), ends=str(ends)))
     (programs / "vllm").chmod(0o755)
-    adapters = folder / "mount" / "adapters"
-    chosen = {
-        "CLAAS_BASE_MODEL_ID": str(save_tiny_model(folder / "tiny")),
-        "CLAAS_DTYPE": "float32",
-        "CLAAS_MODAL_VOLUME_PATH": str(adapters),
-        "CLAAS_MODAL_MODELS_PATH": str(folder / "mount" / "models"),
-        **settings,
-    }
+    chosen = {"CLAAS_BASE_MODEL_ID": str(save_tiny_model(folder / "tiny")), "CLAAS_DTYPE": "float32", **mounts(folder), **settings}
     with ModalDouble(folder / "cloud", env={"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}) as cloud:
         client = cloud.client()
         modal.Secret.objects.create("claas-key", {"VLLM_API_KEY": KEY}, client=client)
         deploy(cloud, **chosen)
-        yield Deployed(cloud, client, chosen, str(adapters), ends)
+        yield Deployed(cloud, client, chosen, chosen["CLAAS_MODAL_VOLUME_PATH"], ends)

@@ -11,7 +11,7 @@ import modal
 
 from claas.core.settings import Settings
 from tests.modal_server.server import ModalDouble
-from tests.on_modal.deployed import deploy
+from tests.on_modal.deployed import deploy, mounts
 
 APP = "claas-test"
 
@@ -21,7 +21,7 @@ def on_stage(folder: Path, model: Path, *, deployed: bool = True, **environment:
     """A double, which is where the SDK of this process calls meanwhile. `environment` is the operator's, besides the model."""
     with ModalDouble(folder, env={"CLAAS_DEVICE": "cpu"}) as server:
         if deployed:
-            deploy(server, **operators(model), **environment)
+            deploy(server, **operators(model), **mounts(folder), **environment)
         modal.Client._set_env_client(server.client())
         try:
             yield server

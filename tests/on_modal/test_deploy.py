@@ -21,7 +21,7 @@ from claas import __version__
 from claas.adapters.modal_errors import EXHAUSTED, NO_TOKEN, UNREACHABLE
 from tests.modal_server.processes import containers_possible
 from tests.modal_server.server import ModalDouble
-from tests.on_modal.deployed import KEY, deployed
+from tests.on_modal.deployed import KEY, deployed, mounts
 
 pytestmark = pytest.mark.integration
 
@@ -182,7 +182,7 @@ def test_status_tells_what_there_is(cloud: ModalDouble, tmp_path: Path) -> None:
 
 @needs_containers
 def test_the_worker_is_asked_only_on_demand(tmp_path: Path, tiny_model_dir: Path) -> None:
-    tiny = {**EMBEDDED, "CLAAS_BASE_MODEL_ID": str(tiny_model_dir)}
+    tiny = {**EMBEDDED, "CLAAS_BASE_MODEL_ID": str(tiny_model_dir), **mounts(tmp_path)}
     with ModalDouble(tmp_path / "modal", env={"PYTHONPATH": "", "CLAAS_DEVICE": "cpu"}) as cloud:
         deploy(cloud, **tiny)
         assert status(cloud, **tiny)["worker"] is None and not cloud.live_containers()
