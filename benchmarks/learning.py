@@ -6,8 +6,9 @@ Each lesson is taught one feedback item at a time, each on the reply to another 
 or `--items` were given. After each lesson the probes of every lesson so far are asked again: the rows of the retention matrix. Damage is
 the mean KL(base‖adapter), nats a token, estimated on replies that the base model sampled to unrelated questions at temperature 1.
 
-Controls: `in-context` has the feedback in the prompt and no training (what the model can do at all when it is told), and `prior` is the
-recipe this one replaces: one step on the reply itself, frozen base teacher, learning rate 3e-5, no rollouts, no replay, no anchors.
+Controls: `in_context` has the feedback in the prompt and no training (what the model can do at all when it is told), `in_context_together`
+that of all the lessons, and `prior` is the recipe this one replaces: one step on the reply itself, frozen base teacher, learning rate 3e-5,
+no rollouts, no replay, no anchors.
 `hindsight-KIND` is the default with another teacher of the hindsight rollouts, `own-KIND` teaches the replies themselves by that teacher.
 
 A run adds its courses to those in the file, in place of older ones of the same recipe and seed: a long benchmark can be run in parts.
@@ -175,21 +176,29 @@ def _figures(answer: dict[str, Any]) -> dict[str, Any]:
     return {"status": answer["status"]} | {key: metadata[key] for key in KEPT_FIGURES if key in metadata}
 
 
-def in_context(service: Service, lessons: Sequence[Lesson]) -> dict[str, float]:
-    """What the untrained model does with the feedback in its prompt: the ceiling of what the teacher can teach."""
+def in_context(service: Service, lessons: Sequence[Lesson]) -> dict[str, dict[str, float]]:
+    """What the untrained model does with a lesson's feedback in its prompt: the ceiling of what the teacher can teach. And with the feedback of
+    all lessons there: what it keeps of them without training."""
     student = Student(service, "in-context/assistant")
-    return {lesson.name: share(lesson, student.greedy(lesson.probes, lesson.feedback)) for lesson in lessons}
+    all_told = "\n".join(lesson.feedback for lesson in lessons)
+    return {
+        "in_context": {lesson.name: share(lesson, student.greedy(lesson.probes, lesson.feedback)) for lesson in lessons},
+        "in_context_together": {lesson.name: share(lesson, student.greedy(lesson.probes, all_told)) for lesson in lessons},
+    }
 
 
 def summarise(courses: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each recipe over its seeds. A lesson that was not learnt counts as one item more than its course gave it."""
+    """Of each recipe over its seeds. A lesson that was not learnt counts as one item more than its course gave it.
+
+    Kept can only be what was taught: probes may comply before that, by chance or because of other lessons.
+    """
     summary = {}
     for recipe in dict.fromkeys(course["recipe"] for course in courses):
         courses_of_recipe = [course for course in courses if course["recipe"] == recipe]
         own = [course["lessons"] for course in courses_of_recipe]
         entries = [entry for lessons in own for entry in lessons]
         needed = [e["items"] if e["learnt"] else course["most_items"] + 1 for course in courses_of_recipe for e in course["lessons"]]
-        kept = [share for lessons in own for name, share in lessons[-1]["retention"].items() if name != lessons[-1]["lesson"]]
+        kept = [lessons[-1]["retention"][e["lesson"]] for lessons in own for e in lessons[:-1] if e["items"]]
         summary[recipe] = {
             "seeds": len(own),
             "items_median": statistics.median(needed),
@@ -246,8 +255,9 @@ def main() -> None:
     result["machine"] = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, running(Path(folder) / "data") as service:
-        result["in_context"] = result.get("in_context", {}) | in_context(service, lessons)
-        print(f"in-context   {result['in_context']}", flush=True)
+        for control, shares in in_context(service, lessons).items():
+            result[control] = result.get(control, {}) | shares
+            print(f"{control:20} {result[control]}", flush=True)
         for seed in args.seeds:
             for recipe in args.recipes:
                 done = course(service, recipe, seed, lessons, args.items)
