@@ -177,8 +177,8 @@ def _figures(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_context(service: Service, lessons: Sequence[Lesson]) -> dict[str, dict[str, float]]:
-    """What the untrained model does with a lesson's feedback in its prompt: the ceiling of what the teacher can teach. And with the feedback of
-    all lessons there: what it keeps of them without training."""
+    """What the untrained model does with a lesson's feedback in its prompt, the ceiling of what the teacher can teach, and with that of all
+    lessons: what it keeps of them without training."""
     student = Student(service, "in-context/assistant")
     all_told = "\n".join(lesson.feedback for lesson in lessons)
     return {
