@@ -145,7 +145,8 @@ class TrainingConfig(Frozen):
     imagined_prompts: other user messages that the feedback is about, imagined by the base model, taught beside a lesson's own: how many at
         most, of the whole lesson.
     own_replies: teach the reply itself beside its hindsight rollouts; False teaches it only where none were asked for.
-    anchors: replies of the base model to unrelated prompts that the lesson must leave as they are.
+    anchors: replies of the base model to unrelated prompts that the lesson must leave as they are; as many times more (at most all there
+        are) as rehearsal makes it take gradient steps.
     replay: samples of the adapter's earlier lessons that are rehearsed beside the new one, each judged with its own feedback in view.
     replay_steps: gradient steps that are added for each different feedback that is rehearsed; in all, at most four times `gradient_steps`
         and `MAX_GRADIENT_STEPS`.

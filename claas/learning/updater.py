@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from claas.core.types import MAX_GRADIENT_STEPS, DistillBatchItem, DistillBatchRequestPayload, DistillResponse, LoraRuntimeRef, RoomPlan
+from claas.core.types import (
+    MAX_GRADIENT_STEPS,
+    DistillBatchItem,
+    DistillBatchRequestPayload,
+    DistillResponse,
+    LoraRuntimeRef,
+    RoomPlan,
+    TrainingConfig,
+)
 from claas.inference.base import InferenceBackend
 from claas.learning.anchors import Anchors
 from claas.learning.checks import Question, find_collapse, questions
@@ -48,7 +56,7 @@ class Updater:
         with watch.phase("contradictions"):
             overruled = await contradicted(claims(taught_samples(learnt)), payload.samples, self._inference)
         earlier = standing(learnt, overruled)
-        whole = _with_steps(payload.model_copy(update={"samples": await self._with_earlier(payload, parent, earlier)}))
+        whole = await self._with_earlier(payload, parent, earlier)
         asked = questions(payload.samples, earlier)
         step = await self._try(whole, parent, asked, watch, plan)
         if step.metadata["outcome"] == "undone":
@@ -72,16 +80,22 @@ class Updater:
 
     async def _with_earlier(
         self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef, earlier: Sequence[TaughtLesson]
-    ) -> list[DistillBatchItem]:
-        """Its samples, those of earlier lessons, and the anchors it must leave alone; its own only, if there is nothing to teach."""
+    ) -> DistillBatchRequestPayload:
+        """With samples of earlier lessons, anchors, and the gradient steps that this takes; as it is, if it has nothing to teach.
+
+        More steps take as many more anchors: where few are seen often, they stay and other replies do not.
+        """
         training = payload.training
         if training.needs_rollouts and all(sample.source == "sampled" for sample in payload.samples):
-            return payload.samples
+            return payload
         judged = [*payload.samples, *rehearsal(earlier, training.replay, parent.version)]
         if "book" in (training.teacher, training.hindsight_teacher):
             book = await self._newest_feedback(earlier)
             judged = [s.model_copy(update={"book": tuple(text for text in book if text != s.feedback)}) for s in judged]
-        return [*judged, *await self._anchors.take(training.anchors, parent.version)]
+        steps = _gradient_steps(training, judged)
+        anchors = await self._anchors.take(training.anchors * steps // training.gradient_steps, parent.version)
+        longer = training.model_copy(update={"gradient_steps": steps})
+        return payload.model_copy(update={"samples": [*judged, *anchors], "training": longer})
 
     async def _newest_feedback(self, lessons: Sequence[TaughtLesson]) -> list[str]:
         """What the lessons said in words, oldest first; of more than `BOOK_TOKENS` tokens the newest."""
@@ -126,10 +140,8 @@ class Updater:
         return step.model_copy(update={"metadata": step.metadata | {"outcome": "undone", "reason": reason, "version": None}})
 
 
-def _with_steps(payload: DistillBatchRequestPayload) -> DistillBatchRequestPayload:
-    """The lesson with the gradient steps that it takes for all that it rehearses."""
-    training = payload.training
-    rehearsed = {(sample.feedback, sample.demonstration) for sample in payload.samples if sample.replayed}
+def _gradient_steps(training: TrainingConfig, samples: Sequence[DistillBatchItem]) -> int:
+    """Those that a lesson takes for itself, and more for each feedback that these samples rehearse."""
+    rehearsed = {(sample.feedback, sample.demonstration) for sample in samples if sample.replayed}
     wanted = training.gradient_steps + training.replay_steps * len(rehearsed)
-    steps = min(wanted, MOST_TIMES * training.gradient_steps, MAX_GRADIENT_STEPS)
-    return payload.model_copy(update={"training": training.model_copy(update={"gradient_steps": steps})})
+    return min(wanted, MOST_TIMES * training.gradient_steps, MAX_GRADIENT_STEPS)
