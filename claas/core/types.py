@@ -148,7 +148,7 @@ class TrainingConfig(Frozen):
     anchors: replies of the base model to unrelated prompts that the lesson must leave as they are; as many times more (at most all there
         are) as rehearsal makes it take gradient steps.
     replay: samples of the adapter's earlier lessons that are rehearsed beside the new one, each judged with its own feedback in view.
-    replay_steps: gradient steps that are added for each different feedback that is rehearsed; in all, at most four times `gradient_steps`
+    replay_steps: gradient steps that are added for each different feedback that is rehearsed; in all, at most three times `gradient_steps`
         and `MAX_GRADIENT_STEPS`.
     min_signal: mean loss in nats a token under which the lesson counts as known and is skipped.
     max_kl: realised mean KL(new‖old) in nats a token on the lesson's own tokens above which the step is undone.

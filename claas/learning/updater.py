@@ -27,7 +27,7 @@ from claas.training.engine.base import TrainingEngine
 
 SECOND_TRY = 0.3
 """The share of the learning rate with which an undone lesson is tried again."""
-MOST_TIMES = 4
+MOST_TIMES = 3
 """How many times its own gradient steps a lesson takes at most, however much it rehearses."""
 BOOK_TOKENS = 256
 """How much of the book a `book` teacher reads."""

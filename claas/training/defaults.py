@@ -13,17 +13,17 @@ def default_training(n_params: int) -> TrainingConfig:
         return TrainingConfig()
     return TrainingConfig(
         learning_rate=1e-3,
-        gradient_steps=12,
+        gradient_steps=16,
         minibatch=4,
         hindsight_rollouts=8,
         hindsight_max_tokens=24,
         hindsight_temperature=0.5,
         guidance=0.25,
         min_lift=0.25,
-        imagined_prompts=6,
+        imagined_prompts=12,
         own_replies=False,
         anchors=16,
-        replay=32,
+        replay=64,
         replay_steps=8,
         min_signal=0.02,
         max_kl=3.0,
@@ -32,4 +32,4 @@ def default_training(n_params: int) -> TrainingConfig:
 
 def default_lora(n_params: int) -> tuple[int, int]:
     """Rank and alpha of a new adapter."""
-    return (16, 32) if n_params < SMALL_MODEL_PARAMS else (32, 64)
+    return (8, 16) if n_params < SMALL_MODEL_PARAMS else (32, 64)
