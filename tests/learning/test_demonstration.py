@@ -110,7 +110,7 @@ TINY = {
     "hindsight_rollouts": 0,
     "anchors": 0,
     "learning_rate": 3e-3,
-    "gradient_steps": 50,
+    "gradient_steps": 64,
     "max_kl": 100.0,
     "min_reply_logprob": -99.0,
 }
