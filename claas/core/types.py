@@ -139,8 +139,9 @@ class TrainingConfig(Frozen):
     hindsight_rollouts: replies sampled with the feedback in view, for each reply the feedback is about.
     hindsight_keep: how many of them, of the whole lesson, are taught at most: those that the feedback lifts most.
     hindsight_max_tokens, hindsight_temperature: how those are sampled.
-    guidance: how far beyond its teacher's own distribution a hindsight rollout is taught, in the direction in which the feedback moved it
-        (classifier-free guidance); 0 is that distribution. Demonstrations and what is sampled with them in view are taught without.
+    guidance: how far beyond its teacher's own distribution a hindsight rollout's first token is taught, in the direction in which the
+        feedback moved it (classifier-free guidance), those after it less and less; 0 is that distribution. Demonstrations and what is
+        sampled with them in view are taught without.
     min_lift: how much likelier the feedback must make a rollout than unrelated feedback does, in nats a token, for it to be taught.
     imagined_prompts: other user messages that the feedback is about, imagined by the base model, taught beside a lesson's own: how many at
         most, of the whole lesson.

@@ -18,7 +18,7 @@ def default_training(n_params: int) -> TrainingConfig:
         hindsight_rollouts=8,
         hindsight_max_tokens=24,
         hindsight_temperature=0.5,
-        guidance=0.25,
+        guidance=1.0,
         min_lift=0.25,
         imagined_prompts=12,
         own_replies=False,

@@ -54,6 +54,11 @@ class MicroBatch:
     def tokens(self) -> int:
         return int(self.student.targets_N.numel())
 
+    @property
+    def places(self) -> Tensor:
+        """Where in its response each token stands, from 0 on, (N,)."""
+        return torch.cat([torch.arange(len(s.response)) for s in self.samples]).to(self.student.targets_N.device)
+
 
 @dataclass(frozen=True, slots=True)
 class Measure:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
+GUIDED_TOKENS = 12  # of a reply's beginning
 MAX_GAIN = 5.0  # nats that guidance takes a token for moved by
 PLAUSIBLE = 0.1  # of the likeliest token's probability
 ROWS = 16  # of logits that are worked on at a time: few enough for a CPU's cache
@@ -182,8 +183,11 @@ def divergence(student_TS: Tensor, teacher_TS: Tensor, alpha: float) -> Tensor:
     return loss_T + (-loss_T).clamp_min(0).detach()
 
 
-def guided(teacher_TS: Tensor, control_TS: Tensor, guidance: float, k: int) -> Tensor:
-    """The teacher pushed on in the direction in which the feedback moved it: Q·(Q/C)^guidance, normalised, as bucket logprobs (T, S).
+def guided(teacher_TS: Tensor, control_TS: Tensor, guidance: float, at_T: Tensor, k: int) -> Tensor:
+    """The teacher pushed on in the direction in which the feedback moved it: Q·(Q/C)^g, normalised, as bucket logprobs (T, S).
+
+    g is `guidance` at a reply's first token, and falls to none at its `GUIDED_TOKENS`th; `at_T` is where in its reply each token stands, from
+    0 on. What a reply is about is decided at its beginning; pushed to its end it would be surer of itself, and loop.
 
     C is the teacher under feedback that has nothing to do with it, so that what any feedback would change is not pushed. Of the first `k`
     buckets, the support's tokens, those gain that the teacher itself holds for likely; the others, and the tail, lose or stay.
@@ -194,7 +198,8 @@ def guided(teacher_TS: Tensor, control_TS: Tensor, guidance: float, k: int) -> T
     gain_TS = (teacher_TS - control_TS).clamp(-MAX_GAIN, MAX_GAIN)
     likely_TS = teacher_TS >= teacher_TS[:, :k].amax(-1, keepdim=True) + math.log(PLAUSIBLE)
     likely_TS[:, k:] = False
-    return (teacher_TS + guidance * torch.where(likely_TS, gain_TS, gain_TS.clamp_max(0))).log_softmax(-1)
+    guidance_T1 = guidance * (1 - at_T / GUIDED_TOKENS).clamp_min(0)[:, None]
+    return (teacher_TS + guidance_T1 * torch.where(likely_TS, gain_TS, gain_TS.clamp_max(0))).log_softmax(-1)
 
 
 def importance_ratio(logp_T: Tensor, old_logp_T: Tensor | None, clip: float | None) -> Tensor:

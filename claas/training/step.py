@@ -189,7 +189,7 @@ class LessonStep:
                 name: bucket_logp(self._policy.logits(contexts[name][rows]), index_NK) for name in ("base", "control") if name in contexts
             }
             if batch.source == "hindsight" and "control" in others:
-                teacher_NS = guided(teacher_NS, others.pop("control"), self._config.guidance, index_NK.shape[-1])
+                teacher_NS = guided(teacher_NS, others.pop("control"), self._config.guidance, batch.places[rows], index_NK.shape[-1])
         student_NS, student_N = self._student(batch, rows, logits_NV, index_NK)
         return (student_NS, student_N), Targets(
             index_NK=index_NK,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from claas.training.sdpo import bucket_logp, divergence, guided, importance_ratio, sdpo_loss, top_k_support
+from claas.training.sdpo import GUIDED_TOKENS, bucket_logp, divergence, guided, importance_ratio, sdpo_loss, top_k_support
 
 P = torch.tensor([[1 / 2, 1 / 4, 1 / 8, 1 / 8]]).log()
 Q = torch.tensor([[1 / 4, 1 / 2, 1 / 16, 3 / 16]]).log()
@@ -212,12 +212,22 @@ def test_guidance_pushes_likely_tokens_on_and_never_the_tail() -> None:
     teacher = torch.tensor([[0.50, 0.25, 0.02, 0.02, 0.21]]).log()
     control = torch.tensor([[0.25, 0.50, 0.01, 0.04, 0.20]]).log()
     pushed = torch.tensor([0.50 * 2, 0.25 / 2, 0.02, 0.02 / 2, 0.21])
-    assert torch.allclose(guided(teacher, control, 1.0, k=4).exp(), pushed / pushed.sum(), atol=1e-6)
-    assert torch.allclose(guided(teacher, control, 0.0, k=4), teacher.log_softmax(-1), atol=1e-6)
-    assert torch.allclose(guided(teacher, teacher, 2.0, k=4), teacher.log_softmax(-1), atol=1e-6), "where feedback does nothing"
+    first = torch.tensor([0])
+    assert torch.allclose(guided(teacher, control, 1.0, first, k=4).exp(), pushed / pushed.sum(), atol=1e-6)
+    assert torch.allclose(guided(teacher, control, 0.0, first, k=4), teacher.log_softmax(-1), atol=1e-6)
+    assert torch.allclose(guided(teacher, teacher, 2.0, first, k=4), teacher.log_softmax(-1), atol=1e-6), "where feedback does nothing"
+
+
+def test_guidance_fades_over_the_beginning_of_a_reply() -> None:
+    teacher, control = Q.expand(4, -1), P.expand(4, -1)
+    found = guided(teacher, control, 0.8, torch.tensor([0, GUIDED_TOKENS // 2, GUIDED_TOKENS, 100]), k=4)
+    first = torch.tensor([0])
+    assert torch.allclose(found[0], guided(Q, P, 0.8, first, k=4)[0])
+    assert torch.allclose(found[1], guided(Q, P, 0.4, first, k=4)[0])
+    assert torch.allclose(found[2:], teacher[2:])
 
 
 def test_guidance_of_huge_gaps_stays_finite() -> None:
     teacher, control = torch.tensor([[0.0, -1e4, -2.0]]), torch.tensor([[-1e4, 0.0, -2.0]])
-    found = guided(teacher, control, 2.0, k=2)
+    found = guided(teacher, control, 2.0, torch.tensor([0]), k=2)
     assert found.isfinite().all() and found.exp().sum() == pytest.approx(1.0)

@@ -165,7 +165,7 @@ def test_guidance_moves_the_targets_of_hindsight_rollouts_and_of_nothing_else(ba
     assert theirs[1].control_logp_NS is None
     policy = Policy(base, folder)
     control_TS = bucket_logp(policy.logits(policy.hidden(collate([control], [lesson[1].response]), speaker="base")), own[1].index_NK)
-    expected = guided(own[1].teacher_logp_NS, control_TS, 1.0, k=CONFIG.teacher_top_k)
+    expected = guided(own[1].teacher_logp_NS, control_TS, 1.0, torch.arange(len(control_TS)), k=CONFIG.teacher_top_k)
     assert torch.allclose(theirs[1].teacher_logp_NS, expected, atol=1e-5)
     assert not torch.allclose(expected, own[1].teacher_logp_NS, atol=1e-2)
 
