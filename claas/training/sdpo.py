@@ -186,8 +186,8 @@ def divergence(student_TS: Tensor, teacher_TS: Tensor, alpha: float) -> Tensor:
 def guided(teacher_TS: Tensor, control_TS: Tensor, guidance: float, at_T: Tensor, k: int) -> Tensor:
     """The teacher pushed on in the direction in which the feedback moved it: Q·(Q/C)^g, normalised, as bucket logprobs (T, S).
 
-    g is `guidance` at a reply's first token, and falls to none at its `GUIDED_TOKENS`th; `at_T` is where in its reply each token stands, from
-    0 on. What a reply is about is decided at its beginning; pushed to its end it would be surer of itself, and loop.
+    g is `guidance` at a reply's first token and falls to none at `GUIDED_TOKENS`; `at_T` is where in its reply each token stands. What
+    a reply is about is decided at its beginning; pushed to its end it would be surer of itself, and loop.
 
     C is the teacher under feedback that has nothing to do with it, so that what any feedback would change is not pushed. Of the first `k`
     buckets, the support's tokens, those gain that the teacher itself holds for likely; the others, and the tail, lose or stay.
