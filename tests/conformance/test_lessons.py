@@ -90,7 +90,7 @@ async def test_the_same_key_twice_is_one_lesson(client: httpx.AsyncClient) -> No
 
 @pytest.mark.parametrize(
     ("training", "status", "says"),
-    [({"min_signal": 100.0}, "skipped", "already"), ({"max_kl": 1e-9}, "undone", "max_kl")],
+    [({"min_signal": 100.0}, "skipped", "already"), ({"max_kl": 1e-9, "learning_rate": 1e-3}, "undone", "max_kl")],
 )
 async def test_a_lesson_that_is_not_learnt_changes_nothing_and_says_why(
     client: httpx.AsyncClient, training: dict[str, Any], status: str, says: str
