@@ -176,29 +176,24 @@ def _figures(answer: dict[str, Any]) -> dict[str, Any]:
     return {"status": answer["status"]} | {key: metadata[key] for key in KEPT_FIGURES if key in metadata}
 
 
-def in_context(service: Service, lessons: Sequence[Lesson]) -> dict[str, dict[str, float]]:
+def in_context(service: Service, lessons: Sequence[Lesson]) -> tuple[dict[str, float], dict[str, float]]:
     """What the untrained model does with a lesson's feedback in its prompt, the ceiling of what the teacher can teach, and with that of all
-    lessons: what it keeps of them without training."""
+    these lessons: what it keeps of them without training."""
     student = Student(service, "in-context/assistant")
     all_told = "\n".join(lesson.feedback for lesson in lessons)
-    return {
-        "in_context": {lesson.name: share(lesson, student.greedy(lesson.probes, lesson.feedback)) for lesson in lessons},
-        "in_context_together": {lesson.name: share(lesson, student.greedy(lesson.probes, all_told)) for lesson in lessons},
-    }
+    alone = {lesson.name: share(lesson, student.greedy(lesson.probes, lesson.feedback)) for lesson in lessons}
+    return alone, {lesson.name: share(lesson, student.greedy(lesson.probes, all_told)) for lesson in lessons}
 
 
 def summarise(courses: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each recipe over its seeds. A lesson that was not learnt counts as one item more than its course gave it.
-
-    Kept can only be what was taught: probes may comply before that, by chance or because of other lessons.
-    """
+    """Of each recipe over its seeds. A lesson that was not learnt counts as one item more than its course gave it."""
     summary = {}
     for recipe in dict.fromkeys(course["recipe"] for course in courses):
         courses_of_recipe = [course for course in courses if course["recipe"] == recipe]
         own = [course["lessons"] for course in courses_of_recipe]
         entries = [entry for lessons in own for entry in lessons]
         needed = [e["items"] if e["learnt"] else course["most_items"] + 1 for course in courses_of_recipe for e in course["lessons"]]
-        kept = [lessons[-1]["retention"][e["lesson"]] for lessons in own for e in lessons[:-1] if e["items"]]
+        kept = [share for lessons in own for name, share in lessons[-1]["retention"].items() if name != lessons[-1]["lesson"]]
         summary[recipe] = {
             "seeds": len(own),
             "items_median": statistics.median(needed),
@@ -255,9 +250,9 @@ def main() -> None:
     result["machine"] = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, running(Path(folder) / "data") as service:
-        for control, shares in in_context(service, lessons).items():
-            result[control] = result.get(control, {}) | shares
-            print(f"{control:20} {result[control]}", flush=True)
+        alone, result["in_context_together"] = in_context(service, lessons)
+        result["in_context"] = result.get("in_context", {}) | alone
+        print(f"in context   {alone}\n    together {result['in_context_together']}", flush=True)
         for seed in args.seeds:
             for recipe in args.recipes:
                 done = course(service, recipe, seed, lessons, args.items)

@@ -92,7 +92,7 @@ async def open_class(model: LoadedModel, folder: Path, threads: int) -> AsyncIte
     ledger = Ledger(FeedbackStore(database), Journal(database, folder / "log"), engine)
     updater = Updater(engine, inference, LessonBook(database))
     learner = Learner(engine, inference, rollouts, updater, ledger, AdapterLocks(5.0, engine), model.id)
-    await engine.init_lora(LoraInitRequest(lora_id=LORA))
+    await engine.init_lora(LoraInitRequest(lora_id=LORA, lora_r=16, lora_alpha=32))
     try:
         yield Class(model, engine, inference, rollouts, learner)
     finally:
@@ -110,7 +110,7 @@ TINY = {
     "hindsight_rollouts": 0,
     "anchors": 0,
     "learning_rate": 3e-3,
-    "gradient_steps": 64,
+    "gradient_steps": 50,
     "max_kl": 100.0,
     "min_reply_logprob": -99.0,
 }
