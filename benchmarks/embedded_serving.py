@@ -85,7 +85,7 @@ def alone(work: Callable[[], T], threads: int) -> T:
         torch.set_num_threads(threads)
         return work()
 
-    return in_fresh_thread(run)
+    return in_fresh_thread("claas-peer", run)
 
 
 def make_adapters(model: LoadedModel, folder: Path) -> dict[str, LoraRuntimeRef]:

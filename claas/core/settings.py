@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention kernel of the trainer.")
 
     # Embedded inference
-    max_batch: int = Field(16, ge=1, le=256, description="Replies that are sampled at the same time.")
+    max_batch: int = Field(32, ge=1, le=256, description="Replies that are sampled at the same time.")
     max_queue: int = Field(256, ge=1, description="Requests that may wait for a slot; more are answered 429.")
     max_context: int | None = Field(None, ge=64, description="Prompt and reply tokens of one request. Unset: what the model was built for.")
 

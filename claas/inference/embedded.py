@@ -48,7 +48,7 @@ class EmbeddedInference(InferenceBackend):
         model: LoadedModel,
         share: ComputeShare,
         *,
-        max_batch: int = 16,
+        max_batch: int = 32,
         max_queue: int = 256,
         max_context: int | None = None,
         default_max_tokens: int = 512,

@@ -21,7 +21,7 @@ from claas.inference.outlet import Post
 from claas.inference.prefill import PrefillQueue
 from claas.inference.runner import ModelRunner
 from claas.inference.sampling import sample
-from claas.models.compute import ComputeShare
+from claas.models.compute import ComputeShare, in_fresh_thread
 
 # Tokens of prompts read between two decoding steps: on a CPU few, since running replies stand still meanwhile.
 CHUNK_TOKENS = 512
@@ -106,15 +106,18 @@ class Scheduler:
     # --- In the thread ---
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while self._wait_for_work():
-                with self._share.serving():
-                    while self._has_work() and not self._closing:
-                        self._share.apply()
-                        self._step()
+        while self._wait_for_work():
+            in_fresh_thread("claas-decode-busy", self._work)
         for job in (*self._running, *self._prefills.jobs, *self._waiting):
             self.send(job, job.aborted())
         self._post.flush()
+
+    @torch.inference_mode()
+    def _work(self) -> None:
+        with self._share.serving():
+            while self._has_work() and not self._closing:
+                self._share.apply()
+                self._step()
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is work; False when closing."""

@@ -22,7 +22,7 @@ LISTS_PER_PROMPT = 1.5
 TRIED_PER_PROMPT = 2
 """Prompts that are answered for each that is wanted: those on which the feedback does most are taught."""
 ROLLOUTS = 2
-AT_ONCE = 4
+AT_ONCE = 8
 MAX_CHARS = 200  # of a feedback or a message that is to be a line of a list
 _LIST = """Remark: "I am allergic to nuts." Messages it is about:
 1. What shall I have for breakfast?

@@ -38,12 +38,13 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
     return max(1, min(cores, int(wanted)) if wanted.isdecimal() else cores)
 
 
-def in_fresh_thread(work: Callable[[], T]) -> T:
+def in_fresh_thread(name: str, work: Callable[[], T]) -> T:
     """Run `work` in a thread of its own and wait for it, so that its OpenMP team ends with it.
 
-    A team that only stands by slows down those that work: with more threads than cores, OpenMP sends waiting ones to sleep at once.
+    A team that only stands by slows down those that work: with more threads than cores, OpenMP sends waiting ones to sleep at once, and
+    waking them takes longer than most operations on a small model.
     """
-    with ThreadPoolExecutor(1, "claas-compute") as pool:
+    with ThreadPoolExecutor(1, name) as pool:
         return pool.submit(work).result()
 
 

@@ -31,7 +31,7 @@ def load_base_model(settings: Settings, *, progress: bool = False, on_host: bool
     Raises:
         ConfigurationError: it cannot be found, read, or served; the message says what to set.
     """
-    return in_fresh_thread(lambda: _load(settings, progress, on_host))
+    return in_fresh_thread("claas-load", lambda: _load(settings, progress, on_host))
 
 
 def _load(settings: Settings, progress: bool, on_host: bool) -> LoadedModel:

@@ -22,11 +22,14 @@ async def until(happened: Callable[[], Awaitable[bool]]) -> None:
 
 
 class Gate:
-    """`seen` holds the (B, T) ids of every forward so far. After `close`, each forward waits for one `let`; `broken_by` breaks those
-    that read this id."""
+    """`seen` holds the (B, T) ids of every forward so far, `threads` those that computed them.
+
+    After `close`, each forward waits for one `let`; `broken_by` breaks those that read this id.
+    """
 
     def __init__(self) -> None:
         self.seen: list[list[list[int]]] = []
+        self.threads: set[threading.Thread] = set()
         self.broken_by: int | None = None
         self._permits = threading.Semaphore(0)
         self._closed = False
@@ -52,6 +55,7 @@ class Gate:
             self._arrived.release()
             self._permits.acquire()
         self.seen.append(ids_BT.tolist())
+        self.threads.add(threading.current_thread())
         if self.broken_by is not None and bool((ids_BT == self.broken_by).any()):
             raise RuntimeError("a forward broke")
 

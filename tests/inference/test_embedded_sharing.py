@@ -70,6 +70,17 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back(tiny_model_dir: P
         assert [[c async for c in s][-1].finish_reason for s in (first, *waiting)] == ["length"] * 3
 
 
+async def test_the_thread_that_decodes_ends_when_nothing_is_left_to_do(tiny_model_dir: Path) -> None:
+    model, gate = gated_model(tiny_model_dir)
+    async with serving(model) as backend:
+        for turn in range(2):
+            await backend.complete(ask(max_tokens=2))
+            async with asyncio.timeout(10):
+                while any(thread.is_alive() for thread in gate.threads):  # noqa: ASYNC110 - it tells nobody
+                    await asyncio.sleep(0.001)
+            assert len(gate.threads) == turn + 1
+
+
 async def test_users_go_before_background_work_which_leaves_slots_free(tiny_model_dir: Path) -> None:
     model, gate = gated_model(tiny_model_dir)
     ended: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from claas.models.compute import ComputeShare, in_fresh_thread, usable_cores
+
+THREADS = Path("/proc/self/task")
 
 
 @pytest.mark.parametrize(("cores", "serving", "training"), [(1, 1, 1), (2, 1, 1), (3, 2, 1), (8, 4, 4)])
@@ -74,9 +77,25 @@ def test_applying_outside_is_a_mistake() -> None:
 
 
 def test_a_fresh_thread_returns_and_raises_what_its_work_does() -> None:
-    assert in_fresh_thread(threading.current_thread) is not threading.current_thread()
+    thread = in_fresh_thread("fresh", threading.current_thread)
+    assert thread is not threading.current_thread() and thread.name.startswith("fresh")
     with pytest.raises(ZeroDivisionError):
-        in_fresh_thread(lambda: 1 // 0)
+        in_fresh_thread("fresh", lambda: 1 // 0)
+
+
+@pytest.mark.skipif(not THREADS.is_dir(), reason="threads are counted in Linux's /proc")
+def test_a_team_ends_with_its_fresh_thread() -> None:
+    def work() -> int:
+        torch.set_num_threads(3)
+        torch.randn(400, 400).mm(torch.randn(400, 400)).exp_()
+        return len(list(THREADS.iterdir()))
+
+    before = len(list(THREADS.iterdir()))
+    assert in_fresh_thread("fresh", work) >= before + 3, "itself, and two of its team"
+    deadline = time.monotonic() + 10
+    while len(list(THREADS.iterdir())) > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(list(THREADS.iterdir())) <= before
 
 
 @pytest.mark.parametrize(

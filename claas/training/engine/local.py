@@ -22,7 +22,7 @@ from claas.core.errors import BackendUnavailable, ClaasError, StepFailed
 from claas.core.types import AdapterVersion, ChatMessage, DistillBatchRequestPayload, DistillResponse, ServiceHealth
 from claas.models.base_model import LoadedModel
 from claas.models.chat_template import render
-from claas.models.compute import ComputeShare
+from claas.models.compute import ComputeShare, in_fresh_thread
 from claas.training.engine.stored import StoredEngine, refuse_in_place
 from claas.training.figures import summarise
 from claas.training.memory import LONG_SAMPLE_TOKENS, Meter, free_memory, meter_of, out_of_memory, step_bytes
@@ -62,7 +62,9 @@ class LocalEngine(StoredEngine):
         self._stop_if_closing()
         given_up = threading.Event()
         try:
-            report = await asyncio.get_running_loop().run_in_executor(self._trainer, self._distill, payload, given_up)
+            report = await asyncio.get_running_loop().run_in_executor(
+                self._trainer, in_fresh_thread, "claas-lesson", partial(self._distill, payload, given_up)
+            )
         except asyncio.CancelledError:
             given_up.set()  # its thread hears of it at the next micro-batch
             raise
