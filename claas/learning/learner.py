@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from itertools import chain
 
-from claas.core.types import DistillBatchItem, DistillBatchRequestPayload, DistillResponse
+from claas.core.types import DistillBatchItem, DistillBatchRequestPayload, DistillResponse, LoraRuntimeRef
 from claas.core.usage import charging, metered
 from claas.inference.base import InferenceBackend
 from claas.learning.hindsight_rollouts import hindsight_rollouts
@@ -78,7 +78,7 @@ class Learner:
                 parent = await self._engine.lora_runtime_ref(lesson.lora_id)
                 with charging(lesson.lora_id), metered() as usage:
                     with watch.phase("rollouts"):
-                        payload = await self._with_rollouts(lesson.payload(feedback_ids))
+                        payload = await self._with_rollouts(lesson.payload(feedback_ids), parent)
                     step = await self._updater.update(payload, parent, watch, lesson.request.room)
                 if usage.anything:
                     step = step.model_copy(update={"metadata": step.metadata | {"usage": usage.told()}})
@@ -92,10 +92,11 @@ class Learner:
                 await self._ledger.fail(feedback_ids, error)
             raise
 
-    async def _with_rollouts(self, payload: DistillBatchRequestPayload) -> DistillBatchRequestPayload:
+    async def _with_rollouts(self, payload: DistillBatchRequestPayload, parent: LoraRuntimeRef) -> DistillBatchRequestPayload:
         """The replies, their hindsight rollouts and those of imagined prompts: what this lesson teaches. If it has nothing to teach, the
         replies measure that."""
         training = payload.training
+        learnt = parent if parent.version else None  # version 0 is the base model
         keep = max(1, training.hindsight_keep // len(payload.samples))
         at_once = asyncio.Semaphore(REPLIES_AT_ONCE)
 
@@ -103,7 +104,9 @@ class Learner:
             imagined = len(range(number, training.imagined_prompts, len(payload.samples)))  # dealt out in turn
             async with at_once:
                 good = await hindsight_rollouts(item, self._inference, training, keep)
-                return [*good, *(await imagined_rollouts(item, self._inference, training, imagined))] if good else []
+                if not good:
+                    return []
+                return [*good, *(await imagined_rollouts(item, self._inference, training, imagined, own=good, learnt=learnt))]
 
         found = await asyncio.gather(*(rollouts_of(number, item) for number, item in enumerate(payload.samples)))
         alone = not (training.needs_rollouts and any(found))
