@@ -151,11 +151,21 @@ def shared_length(prompts: Sequence[Sequence[int]]) -> int:
 
 def lesson_groups(samples: Sequence[Sample], config: TrainingConfig, *, sharing: bool = False) -> list[list[Sample]]:
     """The samples of each source and part, in groups that a gradient step takes whole."""
+    sizes = _minibatches(samples, config.minibatch)
     return [
         group
         for source in ("sampled", "hindsight", "anchor")
         for part in PARTS
         for group in micro_batches(
-            [s for s in samples if s.source == source and s.part == part], MICRO_BATCH_TOKENS, config.minibatch, sharing=sharing
+            [s for s in samples if s.source == source and s.part == part], MICRO_BATCH_TOKENS, sizes[part], sharing=sharing
         )
     ]
+
+
+def _minibatches(samples: Sequence[Sample], minibatch: int) -> dict[Part, int]:
+    """How many samples of each part a gradient step takes. Where earlier ones are rehearsed, a lesson gives them half of its places.
+
+    A lesson takes more steps then, so that it is seen about as often, and not more often than what must stay.
+    """
+    given = minibatch // 2 if any(sample.replayed for sample in samples) else 0
+    return {"lesson": minibatch - given, "replay": minibatch + given, "anchor": minibatch}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from claas.core.types import ChatMessage, DistillBatchItem, SamplingParams, TrainingConfig
+from claas.core.types import ChatMessage, DistillBatchItem, LoraRuntimeRef, SamplingParams, TrainingConfig
 from claas.inference.base import GenerationRequest
 from claas.learning.checks import questions
 from claas.learning.contradictions import claims, denied
@@ -19,6 +19,7 @@ from tests.learning.test_hindsight_rollouts import FEEDBACK, ITEM, SHOWN
 
 TRAINING = TrainingConfig(hindsight_rollouts=2, hindsight_max_tokens=99, min_lift=0.0)
 LONG = "Who has made you?"
+LEARNT = LoraRuntimeRef(lora_id="me/assistant", version=1, vllm_name="me-assistant-1", lora_path="")
 
 
 def imagining(*lists: str, reply: str = "I am Kuro.") -> Callable[[GenerationRequest], str]:
@@ -78,6 +79,45 @@ async def test_a_message_that_the_feedback_is_not_about_is_not_taught() -> None:
     inference = CharInference(imagining(" Hi!\n3. Bye!"))
     inference.surprise = 0.2
     assert await imagined_rollouts(ITEM, inference, TRAINING.model_copy(update={"min_lift": 0.3}), 4) == []
+
+
+@pytest.mark.parametrize(
+    ("opposed", "taught"),
+    [
+        ((), ["Hi!", "Who made you?"]),
+        (("Hi!",), ["Who made you?"]),
+        (("Hi!", ITEM.prompt), ["Hi!", "Who made you?"]),
+        (("Hi!", "Who made you?"), []),
+    ],
+    ids=["nothing else was learnt of them", "one is of another lesson", "what was learnt is to be changed", "both are of other lessons"],
+)
+async def test_a_message_that_an_earlier_lesson_is_about_is_left_to_it(opposed: tuple[str, ...], taught: list[str]) -> None:
+    inference = CharInference(imagining(" Hi!\n3. Who made you?"))
+    inference.opposed = opposed
+    own = [ITEM.model_copy(update={"response": text, "response_token_ids": tuple(map(ord, text))}) for text in ("I am Kuro.", "It's Kuro.")]
+    samples = await imagined_rollouts(ITEM, inference, TRAINING, 4, own=own, learnt=LEARNT)
+    assert [sample.prompt for sample in samples] == taught
+    unlearnt = await imagined_rollouts(ITEM, inference, TRAINING, 4, own=own)
+    assert [sample.prompt for sample in unlearnt] == ["Hi!", "Who made you?"], "where nothing was learnt, nothing is asked about it"
+
+
+async def test_of_a_message_that_an_earlier_lesson_is_about_another_takes_the_place() -> None:
+    inference = CharInference(imagining(" Hi!\n3. Who made you?"))
+    inference.opposed = ("Hi!",)
+    (sample,) = await imagined_rollouts(ITEM, inference, TRAINING, 1, own=[ITEM], learnt=LEARNT)
+    assert sample.prompt == "Who made you?"
+
+
+async def test_a_first_lesson_has_no_earlier_ones_to_leave_anything_to(school: School) -> None:
+    school.inference.reply = imagining(" Hi!\n3. Who made you?\n4. Where")
+    training = {"hindsight_rollouts": 1, "imagined_prompts": 2, "own_replies": False}
+    taught = []
+    for version in range(2):
+        await school.rollout(f"chatcmpl-{version}")
+        school.inference.opposed = ("Hi!",)
+        await school.learner.learn(lesson(FeedbackItem(feedback="Be Kuro.", completion_id=f"chatcmpl-{version}", training=training)))
+        taught.append([s.prompt for s in school.engine.lessons[-1].samples if s.imagined and not s.replayed])
+    assert taught == [["Hi!", "Who made you?"], ["Who made you?", "Where"]]
 
 
 @pytest.mark.parametrize(

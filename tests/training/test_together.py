@@ -11,7 +11,7 @@ import torch
 
 from claas.models.base_model import LoadedModel
 from claas.training.policy import Policy
-from claas.training.samples import MICRO_BATCH_TOKENS
+from claas.training.samples import MICRO_BATCH_TOKENS, PARTS, lesson_groups
 from tests.training.conftest import sample, unfuse
 from tests.training.test_step import CONFIG, close, learn
 
@@ -53,3 +53,16 @@ def test_samples_that_begin_alike_go_together_where_that_is_computed_once(base: 
     assert all(len(b.samples) <= 2 for b in apart.batches)
     assert together.forward_tokens < apart.forward_tokens / 4
     assert torch.allclose(together.before.divergence, apart.before.divergence, atol=1e-5)
+
+
+@pytest.mark.parametrize(("minibatch", "lesson", "replay", "anchor"), [(4, 2, 6, 4), (2, 1, 3, 2), (1, 1, 1, 1), (0, 8, 8, 8)])
+def test_a_lesson_gives_half_of_its_places_to_those_that_are_rehearsed(minibatch: int, lesson: int, replay: int, anchor: int) -> None:
+    config = CONFIG.model_copy(update={"minibatch": minibatch})
+    new = [sample(n, source="hindsight") for n in range(8)]
+    earlier = [replace(s, replayed=True) for s in new]
+    anchors = [sample(n, source="anchor") for n in range(8)]
+    groups = lesson_groups([*new, *earlier, *anchors], config)
+    largest = {part: max(len(group) for group in groups if group[0].part == part) for part in PARTS}
+    assert largest == {"lesson": lesson, "replay": replay, "anchor": anchor}
+    alone = lesson_groups([*new, *anchors], config)
+    assert max(map(len, alone)) == (minibatch or 8), "there is nothing to rehearse"
