@@ -85,17 +85,21 @@ def test_a_fresh_thread_returns_and_raises_what_its_work_does() -> None:
 
 @pytest.mark.skipif(not THREADS.is_dir(), reason="threads are counted in Linux's /proc")
 def test_a_team_ends_with_its_fresh_thread() -> None:
-    def work() -> int:
+    def threads() -> set[str]:
+        return {thread.name for thread in THREADS.iterdir()}
+
+    def work() -> set[str]:
         torch.set_num_threads(3)
         torch.randn(400, 400).mm(torch.randn(400, 400)).exp_()
-        return len(list(THREADS.iterdir()))
+        return threads() - before
 
-    before = len(list(THREADS.iterdir()))
-    assert in_fresh_thread("fresh", work) >= before + 3, "itself, and two of its team"
+    before = threads()
+    team = in_fresh_thread("fresh", work)
+    assert len(team) >= 3, "itself, and two of its team"
     deadline = time.monotonic() + 10
-    while len(list(THREADS.iterdir())) > before and time.monotonic() < deadline:
+    while threads() & team and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(list(THREADS.iterdir())) <= before
+    assert not threads() & team
 
 
 @pytest.mark.parametrize(

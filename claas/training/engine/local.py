@@ -25,7 +25,7 @@ from claas.models.chat_template import render
 from claas.models.compute import ComputeShare, in_fresh_thread
 from claas.training.engine.stored import StoredEngine, refuse_in_place
 from claas.training.figures import summarise
-from claas.training.memory import LONG_SAMPLE_TOKENS, Meter, free_memory, meter_of, out_of_memory, step_bytes
+from claas.training.memory import LONG_SAMPLE_TOKENS, Meter, free_memory, meter_of, out_of_memory, return_freed, step_bytes
 from claas.training.policy import Policy
 from claas.training.report import StepReport
 from claas.training.residency import RESIDENT, Residency
@@ -62,9 +62,7 @@ class LocalEngine(StoredEngine):
         self._stop_if_closing()
         given_up = threading.Event()
         try:
-            report = await asyncio.get_running_loop().run_in_executor(
-                self._trainer, in_fresh_thread, "claas-lesson", partial(self._distill, payload, given_up)
-            )
+            report = await asyncio.get_running_loop().run_in_executor(self._trainer, self._in_fresh_thread, payload, given_up)
         except asyncio.CancelledError:
             given_up.set()  # its thread hears of it at the next micro-batch
             raise
@@ -103,6 +101,12 @@ class LocalEngine(StoredEngine):
         """A running lesson stops at its next micro-batch and publishes nothing."""
         self._closing.set()
         await asyncio.to_thread(self._trainer.shutdown)
+
+    def _in_fresh_thread(self, payload: DistillBatchRequestPayload, given_up: threading.Event) -> StepReport:
+        try:
+            return in_fresh_thread("claas-lesson", partial(self._distill, payload, given_up))
+        finally:
+            return_freed()
 
     def _distill(self, payload: DistillBatchRequestPayload, given_up: threading.Event) -> StepReport:
         parent = self._store.latest(payload.lora_id) if payload.parent is None else payload.parent
