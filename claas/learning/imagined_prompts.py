@@ -94,7 +94,7 @@ async def _not_opposed(
             return await _opposition(sample, learnt, inference)
 
     nats = await asyncio.gather(*map(opposition, (*own, *samples)))
-    allowed = statistics.mean(nats[: len(own)]) + OPPOSED
+    allowed = max(0.0, statistics.mean(nats[: len(own)])) + OPPOSED
     return [sample for sample, against in zip(samples, nats[len(own) :], strict=True) if against <= allowed]
 
 

@@ -96,7 +96,7 @@ class Learner:
         """The replies, their hindsight rollouts and those of imagined prompts: what this lesson teaches. If it has nothing to teach, the
         replies measure that."""
         training = payload.training
-        learnt = parent if parent.version else None  # version 0 is the base model
+        learnt = parent if parent.version else None  # version 0 has had no lesson
         keep = max(1, training.hindsight_keep // len(payload.samples))
         at_once = asyncio.Semaphore(REPLIES_AT_ONCE)
 

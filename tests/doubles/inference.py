@@ -131,6 +131,7 @@ class CharInference(InferenceBackend):
         self.suggestible = False
         self.garbage: tuple[str, ...] = ()
         self.opposed: tuple[str, ...] = ()
+        self.favoured: tuple[str, ...] = ()
         self.breakage: Exception = BackendUnavailable("the engine broke")
 
     async def stream(self, request: GenerationRequest) -> TokenStream:
@@ -153,14 +154,16 @@ class CharInference(InferenceBackend):
         """Text that the reply function would not have said of its own accord is `surprise` nats a token less likely.
 
         If `suggestible`, only for the share of its words that the prompt does not hold. What begins as any of `garbage` is 20 nats a token
-        less likely, unless the prompt holds it. To a prompt that holds any of `opposed`, an adapter makes every token a nat less likely.
+        less likely, unless the prompt holds it. An adapter makes every token a nat less likely after a prompt that holds any of `opposed`,
+        and a nat likelier after one that holds any of `favoured`.
         """
         ids = tuple(map(ord, completion)) if isinstance(completion, str) else completion
         prompt, text = "".join(map(chr, prompt_ids(request))), "".join(chr(i) for i in ids if i != EOS)
         unheard = [word not in prompt for word in text.split()]
         drop = self.surprise * (sum(unheard) / len(unheard) if self.suggestible else 1.0)
         drop += 20.0 * any(text.startswith(start) and start not in prompt for start in self.garbage)
-        drop += request.adapter is not None and any(words in prompt for words in self.opposed)
+        if request.adapter is not None:
+            drop += any(words in prompt for words in self.opposed) - any(words in prompt for words in self.favoured)
         return Score(len(prompt_ids(request)), ids, tuple(map(self.token_text, ids)), tuple(logprob_of(i) - drop for i in ids))
 
     async def reply_tokens(self, text: str) -> tuple[int, ...]:

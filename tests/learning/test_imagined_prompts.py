@@ -101,6 +101,14 @@ async def test_a_message_that_an_earlier_lesson_is_about_is_left_to_it(opposed: 
     assert [sample.prompt for sample in unlearnt] == ["Hi!", "Who made you?"], "where nothing was learnt, nothing is asked about it"
 
 
+async def test_a_lesson_that_its_own_message_has_learnt_goes_on_with_others() -> None:
+    inference = CharInference(imagining(" Hi!\n3. Who made you?"))
+    inference.opposed, inference.favoured = ("Hi!",), (ITEM.prompt,)
+    own = [ITEM.model_copy(update={"response_token_ids": tuple(map(ord, "I am Kuro."))})]
+    samples = await imagined_rollouts(ITEM, inference, TRAINING, 4, own=own, learnt=LEARNT)
+    assert [sample.prompt for sample in samples] == ["Who made you?"]
+
+
 async def test_of_a_message_that_an_earlier_lesson_is_about_another_takes_the_place() -> None:
     inference = CharInference(imagining(" Hi!\n3. Who made you?"))
     inference.opposed = ("Hi!",)
