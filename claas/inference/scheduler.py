@@ -41,7 +41,10 @@ class _Begun(NamedTuple):
 
 
 class Scheduler:
-    """Owns the runner and the thread. `submit` and `cancel` may be called from anywhere, the rest happens in the thread."""
+    """Owns the runner and the thread. `submit` and `cancel` may be called from anywhere, the rest happens in the thread.
+
+    It works in another that ends when nothing is left to do; its torch threads would slow down a lesson beside them.
+    """
 
     def __init__(self, runner: ModelRunner, share: ComputeShare, *, max_batch: int, max_queue: int) -> None:
         self._runner = runner

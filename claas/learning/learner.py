@@ -24,7 +24,7 @@ from claas.learning.updater import Updater
 from claas.rollouts.store import RolloutStore
 from claas.training.engine.base import TrainingEngine
 
-REPLIES_AT_ONCE = 4
+REPLIES_AT_ONCE = 2
 """Of one lesson, whose rollouts are sampled at the same time: all at once would overflow the queue that they wait in."""
 
 
