@@ -17,7 +17,6 @@ STOP_TIMEOUT_S = 20.0
 MODEL = "smollm2"
 MAX_MODEL_LEN = 2048
 FLAGS = {
-    "--dtype": "bfloat16",
     "--max-model-len": str(MAX_MODEL_LEN),
     "--max-loras": "2",
     "--max-lora-rank": "32",
@@ -40,13 +39,13 @@ ENVIRONMENT = {
 class RealVllm:
     """One vLLM. It leads a process group of its own, which is ended as a whole."""
 
-    def __init__(self, python: Path, model_dir: Path, log: Path) -> None:
+    def __init__(self, python: Path, model_dir: Path, log: Path, dtype: str = "bfloat16") -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir), *SWITCHES]
         self._command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(self.port)]
-        self._command += [word for flag in FLAGS.items() for word in flag]
+        self._command += [word for flag in ({"--dtype": dtype} | FLAGS).items() for word in flag]
         self._command += ["--lora-target-modules", *TARGETS]
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None

@@ -84,11 +84,27 @@ def gaps(direct: httpx.Client, name: str, reply: Kept) -> list[float]:
     return [abs(mine - its) for mine, its in zip(reply.logprobs, scored, strict=True)]
 
 
+@pytest.fixture(scope="module")
+def exact(vllm_python: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealVllm]:
+    """One in float32. On a CPU that multiplies bfloat16 in hardware (AMX) a logprob strays by 0.3 with the batch that it is in, as far as
+    many of another version's tokens."""
+    server = RealVllm(vllm_python, model_dir, tmp_path_factory.mktemp("exact") / "vllm.log", dtype="float32")
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
 @pytest.mark.parametrize("release", ["none", "sleep"])
-def test_sixteen_streams_through_five_updates(release: str, vllm: RealVllm, direct: httpx.Client, tmp_path: Path) -> None:
+def test_sixteen_streams_through_five_updates(release: str, exact: RealVllm, tmp_path: Path) -> None:
     """None fails or is cut, and each reply is one version's from its first token to its last."""
     data = tmp_path / "data"
-    with running(data, VLLM_BASE_URL=vllm.url, CLAAS_VLLM_RELEASE=release) as service:
+    exact.forget_adapters()
+    with (
+        running(data, VLLM_BASE_URL=exact.url, CLAAS_VLLM_RELEASE=release) as service,
+        httpx.Client(base_url=exact.url, timeout=300.0) as direct,
+    ):
         load = Load(service)
         with load.running():
             versions = [0, *(teach(service, number) for number in range(UPDATES))]
@@ -98,8 +114,8 @@ def test_sixteen_streams_through_five_updates(release: str, vllm: RealVllm, dire
         assert len(spoke) >= 3, spoke
         folders = {f"assistant@{version}": data / "adapters" / "assistant" / f"v{version}" for version in versions}
         own, other = judge(direct, data, load, folders)
-        assert max(own) < 0.3, "no token is another version's"
-        assert sorted(other)[len(other) // 2] > 2 * max(own), f"another version would have been noticed: {own} {other}"
+        assert max(own) < 0.01, f"no token is another version's: {own}"
+        assert min(other) > 2 * max(own), f"another version would have been noticed: {own} {other}"
 
 
 def judge(direct: httpx.Client, data: Path, load: Load, folders: dict[str, Path]) -> tuple[list[float], list[float]]:
