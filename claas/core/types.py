@@ -136,7 +136,7 @@ class TrainingConfig(Frozen):
     teacher_snapshot_every: lessons after which the snapshot is taken anew.
     gradient_steps: optimizer steps on the lesson's batch; the teacher's targets are computed once.
     minibatch: lesson samples, and anchors, that a gradient step takes after the first, which takes all; 0 means all, always. Where earlier
-        lessons are rehearsed, half of the lesson's places are theirs, besides as many as a minibatch.
+        lessons are rehearsed and add `replay_steps`, half of the lesson's places are theirs, besides as many as a minibatch.
     hindsight_rollouts: replies sampled with the feedback in view, for each reply the feedback is about.
     hindsight_keep: how many of them, of the whole lesson, are taught at most: those that the feedback lifts most.
     hindsight_max_tokens, hindsight_temperature: how those are sampled.

@@ -151,7 +151,7 @@ def shared_length(prompts: Sequence[Sequence[int]]) -> int:
 
 def lesson_groups(samples: Sequence[Sample], config: TrainingConfig, *, sharing: bool = False) -> list[list[Sample]]:
     """The samples of each source and part, in groups that a gradient step takes whole."""
-    sizes = _minibatches(samples, config.minibatch)
+    sizes = _minibatches(samples, config)
     return [
         group
         for source in ("sampled", "hindsight", "anchor")
@@ -162,10 +162,11 @@ def lesson_groups(samples: Sequence[Sample], config: TrainingConfig, *, sharing:
     ]
 
 
-def _minibatches(samples: Sequence[Sample], minibatch: int) -> dict[Part, int]:
-    """How many samples of each part a gradient step takes. Where earlier ones are rehearsed, a lesson gives them half of its places.
+def _minibatches(samples: Sequence[Sample], config: TrainingConfig) -> dict[Part, int]:
+    """How many samples of each part a gradient step takes. Where rehearsal adds gradient steps, a lesson gives it half of its places.
 
-    A lesson takes more steps then, so that it is seen about as often, and not more often than what must stay.
+    It is seen about as often then, and not more often than what must stay.
     """
-    given = minibatch // 2 if any(sample.replayed for sample in samples) else 0
-    return {"lesson": minibatch - given, "replay": minibatch + given, "anchor": minibatch}
+    longer = config.replay_steps > 0 and any(sample.replayed for sample in samples)
+    given = config.minibatch // 2 if longer else 0
+    return {"lesson": config.minibatch - given, "replay": config.minibatch + given, "anchor": config.minibatch}

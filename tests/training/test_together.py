@@ -57,7 +57,7 @@ def test_samples_that_begin_alike_go_together_where_that_is_computed_once(base: 
 
 @pytest.mark.parametrize(("minibatch", "lesson", "replay", "anchor"), [(4, 2, 6, 4), (2, 1, 3, 2), (1, 1, 1, 1), (0, 8, 8, 8)])
 def test_a_lesson_gives_half_of_its_places_to_those_that_are_rehearsed(minibatch: int, lesson: int, replay: int, anchor: int) -> None:
-    config = CONFIG.model_copy(update={"minibatch": minibatch})
+    config = CONFIG.model_copy(update={"minibatch": minibatch, "replay_steps": 8})
     new = [sample(n, source="hindsight") for n in range(8)]
     earlier = [replace(s, replayed=True) for s in new]
     anchors = [sample(n, source="anchor") for n in range(8)]
@@ -66,3 +66,5 @@ def test_a_lesson_gives_half_of_its_places_to_those_that_are_rehearsed(minibatch
     assert largest == {"lesson": lesson, "replay": replay, "anchor": anchor}
     alone = lesson_groups([*new, *anchors], config)
     assert max(map(len, alone)) == (minibatch or 8), "there is nothing to rehearse"
+    as_long = lesson_groups([*new, *earlier, *anchors], config.model_copy(update={"replay_steps": 0}))
+    assert max(map(len, as_long)) == (minibatch or 8), "rehearsal adds no steps in which the lesson would be seen again"
