@@ -67,4 +67,5 @@ def test_a_lesson_gives_half_of_its_places_to_those_that_are_rehearsed(minibatch
     alone = lesson_groups([*new, *anchors], config)
     assert max(map(len, alone)) == (minibatch or 8), "there is nothing to rehearse"
     as_long = lesson_groups([*new, *earlier, *anchors], config.model_copy(update={"replay_steps": 0}))
-    assert max(map(len, as_long)) == (minibatch or 8), "rehearsal adds no steps in which the lesson would be seen again"
+    largest = {part: max(len(group) for group in as_long if group[0].part == part) for part in PARTS}
+    assert largest == dict.fromkeys(PARTS, minibatch or 8), "rehearsal adds no steps in which the lesson would be seen again"
